@@ -1,0 +1,151 @@
+"""The processes behind ``pool.py``: one nursery that imports everything, and the workers it forks.
+
+The nursery is a fresh interpreter (no thread has run in it when it forks, unlike in pytest). It
+pays the ten seconds of ``import torch, megatron`` once; each worker after that costs
+milliseconds, so the pool can be thrown away and re-made whenever a job fails. A worker initialises
+torch.distributed and parallel_state for one job, runs it, and takes both down again.
+Run as ``python -m tests.distributed.worker ADDRESS`` by the pool only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import importlib
+import os
+import signal
+import sys
+import traceback
+from datetime import timedelta
+from multiprocessing.connection import Client, Connection
+from typing import Any
+
+PR_SET_PDEATHSIG = 1  # prctl(2), <linux/prctl.h>
+COLLECTIVE_TIMEOUT_S = 120
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends, however it ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def nursery(address: str) -> None:
+    """Import everything once, then fork workers on request until the pool hangs up."""
+    die_with_parent()
+    import torch
+
+    torch.set_num_threads(1)
+    import megatron_k2
+
+    megatron_k2.register(device="cpu")
+    for module in (
+        "megatron.core.dist_checkpointing",
+        "megatron.core.models.gpt.gpt_model",
+        "megatron.core.optimizer",
+        "megatron.core.pipeline_parallel",
+        "megatron.training",
+        "megatron_k2.model.specs",
+        "megatron_k2.parallel",
+    ):
+        importlib.import_module(module)
+    pool = Client(address, family="AF_UNIX")
+    pool.send(("nursery", os.getpid()))
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the workers
+    while True:
+        try:
+            num_workers, log_dir = pool.recv()
+        except EOFError:
+            return
+        for index in range(num_workers):
+            if os.fork() == 0:
+                pool.close()
+                worker(address, index, log_dir)
+                os._exit(0)
+
+
+def worker(address: str, index: int, log_dir: str) -> None:
+    """Serve jobs until the pool hangs up. Output goes to ``log_dir/index.log``."""
+    die_with_parent()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    log = open(os.path.join(log_dir, f"{index}.log"), "a", buffering=1)
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    sys.stdout = sys.stderr = log
+    faulthandler.register(signal.SIGUSR1, file=log, all_threads=True)
+    pool = Client(address, family="AF_UNIX")
+    pool.send((index, os.getpid()))
+    while True:
+        try:
+            job = pool.recv()
+        except EOFError:
+            return
+        try:
+            pool.send(("done", run_job(pool, **job)))
+        except Exception:
+            pool.send(("failed", traceback.format_exc()))
+
+
+def run_job(
+    pool: Connection,
+    *,
+    target: str,
+    kwargs: dict[str, Any],
+    rank: int,
+    world_size: int,
+    port: int,
+    layout: dict[str, Any] | None,
+    seed: int,
+) -> Any:
+    """Set up one job's world, run ``target`` (``module:function``) and take the world down.
+
+    Rank 0 opens the TCP store on a free loopback port and tells the pool, which tells the others.
+    """
+    import torch
+
+    from megatron_k2 import parallel
+
+    store = torch.distributed.TCPStore(
+        "127.0.0.1", port, is_master=rank == 0, wait_for_workers=False,
+        timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
+    )  # fmt: skip
+    if rank == 0:
+        pool.send(("port", store.port))
+    torch.distributed.init_process_group(
+        "gloo", store=store, rank=rank, world_size=world_size,
+        timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
+    )  # fmt: skip
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    try:
+        if layout is not None:
+            from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+            parallel.initialize_model_parallel(**layout)
+            model_parallel_cuda_manual_seed(seed)
+        torch.manual_seed(seed)
+        module, _, name = target.partition(":")
+        result = getattr(importlib.import_module(module), name)(**kwargs)
+        torch.distributed.barrier()
+        return result
+    finally:
+        take_down()
+
+
+def take_down() -> None:
+    """Forget every group and every piece of Megatron's global state a job may have left."""
+    import torch
+    from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+    from megatron.core.transformer.moe.router_replay import RouterReplay
+
+    from megatron_k2 import parallel
+
+    RouterReplay.clear_global_router_replay_instances()
+    unset_num_microbatches_calculator()
+    if "megatron.training.global_vars" in sys.modules:
+        sys.modules["megatron.training.global_vars"].destroy_global_vars()
+    parallel.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    nursery(sys.argv[1])
