@@ -1,0 +1,49 @@
+"""Package metadata: dependencies, extras, data files and console scripts of megatron-k2."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (HERE / "megatron_k2" / "__init__.py").read_text(), re.MULTILINE
+).group(1)
+
+INSTALL_REQUIRES = [
+    "megatron-core[training]==0.19.*",
+    "torch>=2.14,<2.16",
+    "packaging>=24.2",
+    "sentencepiece>=0.2,<0.3",
+    "tensorboard>=2.19,<3",
+    "matplotlib>=3.9,<4",
+]
+EXTRAS_REQUIRE = {
+    # Needs CUDA 13, a compiler and --no-build-isolation; used only where torch sees a GPU.
+    "te": ["transformer-engine[core_cu13,pytorch]>=2.20,<2.21"],
+    # 0.5 renames soap, which breaks Megatron 0.19's import of the whole package.
+    "muon": ["emerging-optimizers>=0.3,<0.4"],
+    "data": ["ray>=2.50,<3", "zstandard>=0.23"],
+    "rl": ["ray>=2.50,<3", "httpx>=0.28"],
+    "dev": ["pytest>=8.3,<10", "ruff>=0.17,<0.18", "mypy>=2.4,<3", "build>=1.2"],
+}
+# The folder patches/ of the checkout is the package megatron_k2.patches of the wheel.
+PATCH_PACKAGES = ["megatron_k2.patches"] + [
+    f"megatron_k2.patches.{name}" for name in find_packages("patches")
+]
+
+setup(
+    name="megatron-k2",
+    version=VERSION,
+    description="Kimi K2 training as an extension of an unmodified Megatron-Core",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.12",
+    packages=find_packages(include=["megatron_k2", "megatron_k2.*"]) + PATCH_PACKAGES,
+    package_dir={"megatron_k2.patches": "patches"},
+    package_data={"megatron_k2.presets": ["*.toml"]},
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS_REQUIRE,
+)
