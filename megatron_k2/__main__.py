@@ -1,0 +1,57 @@
+"""``torchrun -m megatron_k2 SCRIPT ARGS``: register K2, then run a stock Megatron script unchanged.
+
+The script's own folder comes first on the path, as Python itself does it, so that a Megatron-LM
+checkout uses its own ``megatron`` package; set ``MEGATRON_LM_PATH`` to name another checkout, or
+``--k2-megatron wheel`` to keep the installed one.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from pathlib import Path
+
+USAGE = """usage: torchrun [TORCHRUN OPTIONS] -m megatron_k2 [--k2-megatron checkout|wheel] SCRIPT [ARGS]
+
+Registers megatron_k2 and runs an unmodified Megatron script with its arguments and --k2-* flags.
+
+examples:
+  torchrun --nproc-per-node 8 -m megatron_k2 pretrain_gpt.py --k2-preset kimi-k2 ...
+  python -m megatron_k2 tools/preprocess_data.py --input corpus.jsonl ...
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script named on the command line; returns the exit status for a usage error."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    root = "checkout"
+    if arguments[0] == "--k2-megatron":
+        root, arguments = (arguments[1:2] or [""])[0], arguments[2:]
+    if root not in ("checkout", "wheel") or not arguments:
+        print(f"megatron_k2: error: --k2-megatron {root!r} is not checkout or wheel, or no SCRIPT")
+        return 2
+    script = Path(arguments[0])
+    if not script.is_file():
+        print(f"megatron_k2: error: SCRIPT {script} does not exist", file=sys.stderr)
+        return 2
+    sys.argv = [str(script), *arguments[1:]]
+    _set_path(script.resolve().parent, root)
+    from megatron_k2.training.command_line import run_as_command
+
+    return run_as_command(lambda: runpy.run_path(str(script), run_name="__main__"))
+
+
+def _set_path(folder: Path, root: str) -> None:
+    """Order ``sys.path``: the checkout's folder first, or after the installed packages."""
+    checkout = Path(os.environ.get("MEGATRON_LM_PATH", folder))
+    entries = [str(folder)] if folder == checkout else [str(checkout), str(folder)]
+    rest = [entry for entry in sys.path if entry not in entries]
+    sys.path[:] = [*entries, *rest] if root == "checkout" else [*rest, *entries]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,263 @@
+"""K2's flags beside Megatron's own, and the presets laid under both.
+
+``--k2-preset`` only changes defaults: argparse then lets any explicit flag win. Contradictions are
+refused before Megatron's own asserts, with both values and the flag to change. Megatron's flags
+keep their names; ours begin with ``--k2-`` and have the destination of the configuration field
+they fill, so that ``core_transformer_config_from_args`` copies them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_k2 import compat, device
+from megatron_k2.parallel import validate_layout
+from megatron_k2.presets import Preset, list_presets, load_preset
+
+SPEC = ("megatron_k2.model.specs", "get_k2_decoder_block_spec")
+
+# What Megatron asks of CUDA by default and the host has not: the extension or kernel named by each.
+_HOST_DEFAULTS: dict[str, Any] = {
+    "distributed_backend": "gloo",
+    "transformer_impl": "local",
+    "gradient_accumulation_fusion": False,
+    "masked_softmax_fusion": False,
+    "bias_gelu_fusion": False,
+    "bias_swiglu_fusion": False,
+    "bias_dropout_fusion": False,
+    "apply_rope_fusion": False,
+    "no_persist_layer_norm": True,
+    "pin_memory": False,
+}
+# Flags that only a GPU can serve: destination, the values that are fine on the host, the flag.
+_GPU_ONLY: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    ("distributed_backend", ("gloo",), "--distributed-backend"),
+    ("transformer_impl", ("local",), "--transformer-impl"),
+    ("fp8", (None, False), "--fp8-format"),
+    ("fp4", (None, False), "--fp4-format"),
+    ("tp_comm_overlap", (False,), "--tp-comm-overlap"),
+    ("context_parallel_size", (1,), "--context-parallel-size"),
+    ("use_megatron_fsdp", (False,), "--use-megatron-fsdp"),
+    ("fp16", (False,), "--fp16"),
+)
+
+
+class UsageError(ValueError):
+    """A user's input that cannot work; the message is one line and names the flag."""
+
+
+def add_k2_args(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
+) -> argparse.ArgumentParser:
+    """Add the ``--k2-*`` flags to Megatron's parser and lay the preset's values as defaults.
+
+    Args:
+        parser: a parser that holds Megatron's arguments already.
+        argv: the command line to look for ``--k2-preset`` in, ``sys.argv[1:]`` if None.
+
+    Returns:
+        The same parser.
+
+    Raises:
+        UsageError: the preset is unknown.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    group = parser.add_argument_group(title="k2")
+    group.add_argument(
+        "--k2-preset", metavar="NAME", help=f"Model preset: {', '.join(list_presets())}."
+    )
+    group.add_argument(
+        "--k2-device",
+        choices=device.DEVICES,
+        default="auto",
+        help="Where to run; auto takes CUDA if torch sees a GPU. cpu uses gloo and local specs.",
+    )
+    group.add_argument(
+        "--k2-threads",
+        type=int,
+        default=0,
+        help="Threads a process on the CPU; 0 divides the cores over the local processes.",
+    )
+    group.add_argument(
+        "--k2-precision",
+        choices=("auto", "bf16", "fp32"),
+        default="auto",
+        help="Number format of weights and activations; auto takes bf16 where the machine has a "
+        "bf16 unit, else fp32. Megatron's --bf16 and --fp16 win.",
+    )
+    group.add_argument(
+        "--k2-router-bias-rule",
+        choices=("sign", "mean_centred"),
+        default="sign",
+        help="Update of the router's expert bias: sign(e_i), or Moonlight's sign(e_i) - mean sign.",
+    )
+    group.add_argument(
+        "--k2-max-attention-logit",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Record the exact maximum softmax input of every head (MuonClip needs it).",
+    )
+    group.add_argument(
+        "--k2-verify-checkpoint",
+        choices=("full", "size", "off"),
+        default="full",
+        help="Check a checkpoint before loading: sizes and checksums, sizes only, or nothing.",
+    )
+    _add_yarn_args(group)
+    explicit = _explicit_destinations(parser, argv)
+    name = device.flag_value("--k2-preset", argv)
+    if name is not None:
+        parser.set_defaults(**_preset_defaults(_load(name)))
+    where = device.resolve_device(device.flag_value("--k2-device", argv) or "auto")
+    if where == "cpu":
+        parser.set_defaults(**_HOST_DEFAULTS)
+    elif not compat.te_usable():
+        parser.set_defaults(transformer_impl="local", gradient_accumulation_fusion=False)
+    if not explicit & {"bf16", "fp16"}:
+        precision = device.flag_value("--k2-precision", argv) or "auto"
+        parser.set_defaults(bf16=_is_bf16(precision, where))
+    parser.set_defaults(k2_explicit=tuple(sorted(explicit)))
+    return parser
+
+
+def _add_yarn_args(group: Any) -> None:
+    """Add the YaRN fields of MLA that have no flag upstream; defaults are upstream's."""
+    group.add_argument(
+        "--k2-yarn-beta-fast",
+        dest="beta_fast",
+        type=float,
+        default=32.0,
+        help="YaRN beta_fast of MLA (upstream's --yarn-beta-fast does not reach MLA). K2: 1.",
+    )
+    group.add_argument(
+        "--k2-yarn-beta-slow",
+        dest="beta_slow",
+        type=float,
+        default=1.0,
+        help="YaRN beta_slow of MLA. K2: 1.",
+    )
+    group.add_argument(
+        "--k2-yarn-original-max-position-embeddings",
+        dest="original_max_position_embeddings",
+        type=int,
+        default=4096,
+        help="Positions the model was trained on before YaRN stretches them. K2: 4096.",
+    )
+
+
+def validate_k2_args(args: argparse.Namespace) -> None:
+    """Refuse contradictions before Megatron's own checks.
+
+    Raises:
+        UsageError: with the value, what is allowed and the flag to change.
+    """
+    args.k2_device = device.resolve_device(args.k2_device)
+    if args.k2_device == "cpu":
+        for name, allowed, flag in _GPU_ONLY:
+            value = getattr(args, name, allowed[0])
+            if value not in allowed:
+                raise UsageError(
+                    f"{flag} {value} needs a GPU and --k2-device is cpu (torch sees "
+                    f"{compat.num_gpus()} GPUs); allowed here: {allowed[0]}"
+                )
+        if args.overlap_moe_expert_parallel_comm and not (args.bf16 or args.fp16):
+            raise UsageError("--overlap-moe-expert-parallel-comm needs --bf16; found fp32")
+    elif args.transformer_impl == "transformer_engine" and not compat.te_usable():
+        raise UsageError(
+            f"--transformer-impl transformer_engine: {compat.te_reason()}; use "
+            "--transformer-impl local"
+        )
+    _validate_layers(args)
+    _validate_experts(args)
+    _validate_data(args)
+    try:
+        validate_layout(args)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _validate_layers(args: argparse.Namespace) -> None:
+    pattern = args.moe_layer_freq
+    if isinstance(pattern, list) and len(pattern) != args.num_layers:
+        raise UsageError(
+            f"--num-layers {args.num_layers} contradicts --moe-layer-freq of {len(pattern)} layers"
+            + (f" from --k2-preset {args.k2_preset}" if args.k2_preset else "")
+            + f'; give --moe-layer-freq "([0]*1+[1]*{max(args.num_layers - 1, 0)})" with it'
+        )
+
+
+def _validate_experts(args: argparse.Namespace) -> None:
+    experts, parallel = args.num_experts, args.expert_model_parallel_size
+    if experts is None:
+        return
+    if experts % parallel:
+        raise UsageError(
+            f"--expert-model-parallel-size {parallel} must divide --num-experts {experts}"
+        )
+    if args.moe_router_topk > experts:
+        raise UsageError(
+            f"--moe-router-topk {args.moe_router_topk} is more than --num-experts {experts}"
+        )
+
+
+def _validate_data(args: argparse.Namespace) -> None:
+    """Check that every dataset prefix on the command line exists and is not empty."""
+    for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
+        flag = "--" + name.replace("_", "-")
+        for item in getattr(args, name, None) or ():
+            if _is_weight(item):
+                continue
+            for suffix in (".bin", ".idx"):
+                path = item + suffix
+                if not os.path.exists(path):
+                    raise UsageError(
+                        f"{flag} {item}: {path} does not exist; give the prefix of a .bin/.idx pair"
+                    )
+                if os.path.getsize(path) == 0:
+                    raise UsageError(f"{flag} {item}: {path} is empty")
+
+
+def _is_weight(item: str) -> bool:
+    try:
+        float(item)
+    except ValueError:
+        return False
+    return True
+
+
+def finish_k2_args(args: argparse.Namespace) -> None:
+    """Set what follows from the validated arguments."""
+    # Upstream ties its logging of the maximum logit to Transformer Engine >= 2.9; ours needs none.
+    if args.k2_max_attention_logit and args.multi_latent_attention:
+        args.log_max_attention_logit = True
+
+
+def _explicit_destinations(parser: argparse.ArgumentParser, argv: Sequence[str]) -> set[str]:
+    """Return the destinations of the flags that the user typed."""
+    actions = parser._option_string_actions
+    flags = (token.partition("=")[0] for token in argv if token.startswith("--"))
+    return {actions[flag].dest for flag in flags if flag in actions}
+
+
+def _is_bf16(precision: str, where: str) -> bool:
+    if precision == "auto":
+        return where == "cuda" or device.host_has_fast_bf16()
+    return precision == "bf16"
+
+
+def _preset_defaults(preset: Preset) -> dict[str, Any]:
+    defaults = {name: field.value for name, field in preset.fields.items()}
+    return {"spec": list(SPEC), **defaults}
+
+
+def _load(name: str) -> Preset:
+    try:
+        return load_preset(name)
+    except (KeyError, ValueError) as error:
+        raise UsageError(
+            f"--k2-preset {name!r} is unknown; known are {', '.join(list_presets())}"
+        ) from error

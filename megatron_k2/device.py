@@ -1,0 +1,80 @@
+"""The device a run uses, and what the host can do: threads and number format.
+
+The choice is made from what the machine reports, never from a timing, so that every rank and every
+resumed run decides alike.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import torch
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def flag_value(flag: str, argv: Sequence[str] | None = None) -> str | None:
+    """Return the last value given to ``flag`` on the command line, or None.
+
+    Args:
+        flag: for example ``--k2-device``; ``--k2-device cpu`` and ``--k2-device=cpu`` both count.
+        argv: arguments to look in, ``sys.argv[1:]`` if None.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    value = None
+    for index, argument in enumerate(arguments):
+        if argument == flag and index + 1 < len(arguments):
+            value = arguments[index + 1]
+        elif argument.startswith(flag + "="):
+            value = argument.partition("=")[2]
+    return value
+
+
+def resolve_device(name: str = "auto") -> str:
+    """Return ``cpu`` or ``cuda`` for a ``--k2-device`` value.
+
+    Raises:
+        ValueError: the name is unknown, or ``cuda`` is asked for and torch sees no GPU.
+    """
+    if name not in DEVICES:
+        raise ValueError(f"--k2-device {name!r} is not one of {', '.join(DEVICES)}")
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ValueError(
+            "--k2-device cuda: torch sees no GPU (torch.cuda.is_available() is False, torch "
+            f"{torch.__version__}, CUDA {torch.version.cuda}); use --k2-device cpu"
+        )
+    if name == "auto":
+        return "cuda" if available else "cpu"
+    return name
+
+
+def num_threads(local_world_size: int | None = None) -> int:
+    """Return the threads one process may use: the usable cores divided over the local processes.
+
+    Args:
+        local_world_size: processes on this machine; ``LOCAL_WORLD_SIZE`` of torchrun if None.
+    """
+    if local_world_size is None:
+        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = len(os.sched_getaffinity(0))
+    return max(1, cores // max(1, local_world_size))
+
+
+def host_has_fast_bf16() -> bool:
+    """Return whether the host multiplies bf16 in hardware (AMX or AVX-512 BF16)."""
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
+def describe_host() -> str:
+    """Return one line on the host: cores, threads a process, and the bf16 unit found."""
+    if torch.cpu._is_amx_tile_supported():
+        unit = "bf16 through AMX"
+    elif torch.cpu._is_avx512_bf16_supported():
+        unit = "bf16 through AVX-512"
+    else:
+        unit = "no bf16 unit (bf16 runs, slowly; fp32 is the default)"
+    cores = len(os.sched_getaffinity(0))
+    return f"CPU, {cores} cores, {num_threads()} threads a process, {unit}"

@@ -1,0 +1,37 @@
+"""Running a training script as a command: register first, report a user's error in one line."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+def run_as_command(main: Callable[[], Any]) -> int:
+    """Register K2, run ``main`` and turn a usage error into one line and exit status 2.
+
+    Only errors about a user's input are shortened; anything else keeps its traceback.
+
+    Args:
+        main: what to run once K2 is registered.
+    """
+    import megatron_k2
+    from megatron_k2.arguments import UsageError
+
+    rank = os.environ.get("RANK", "0")
+    try:
+        megatron_k2.register()
+    except (ImportError, ValueError) as error:
+        return _refuse(rank, error)
+    try:
+        main()
+    except UsageError as error:
+        return _refuse(rank, error)
+    return 0
+
+
+def _refuse(rank: str, error: Exception) -> int:
+    if rank == "0":
+        print(f"megatron_k2: error: {error}", file=sys.stderr, flush=True)
+    return 2

@@ -1,0 +1,1 @@
+"""Patches that let Megatron train on the host: the CPU device layer."""

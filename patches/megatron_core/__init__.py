@@ -1,0 +1,1 @@
+"""Patches of Megatron-Core that serve every device."""

@@ -1,0 +1,47 @@
+"""The dataset index helper: use the compiled one that the wheel ships.
+
+Upstream runs ``make`` in its own folder at start-up. The wheel has no Makefile there and brings
+the compiled extension instead, so the call ends the process with "Failed to compile".
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_k2.patches.patch import Patch
+
+
+def _replacement(original: Callable[[], None]) -> Any:
+    def compile_helpers() -> None:
+        """Compile the C++ helper only where it is not compiled yet."""
+        if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
+            original()
+
+    return compile_helpers
+
+
+def _still_needed() -> bool:
+    """The wheel still ships no Makefile and upstream still calls make."""
+    original = PATCH.original()
+    folder = Path(inspect.getfile(original)).parent
+    return not (folder / "Makefile").exists() and "make" in inspect.getsource(original)
+
+
+PATCH = Patch(
+    id="compile-helpers",
+    target="megatron.core.datasets.utils:compile_helpers",
+    replacement=_replacement,
+    distribution="megatron-core",
+    min_version="0.19.0",
+    max_version="0.19.2",
+    fingerprint="84029a50ae8c",
+    why="start-up runs make in the wheel's folder, where there is no Makefile",
+    upstream="megatron/core/datasets/utils.py:20",
+    remove_when="upstream looks for the compiled helper first",
+    still_needed=_still_needed,
+    importers=("megatron.core.datasets",),
+)

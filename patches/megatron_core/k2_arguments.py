@@ -1,0 +1,100 @@
+"""Megatron's argument parser, configuration class and validation, with K2's added.
+
+Three patches, because the stock script calls ``parse_and_validate_args`` without a place to add
+arguments: the parser gains the ``--k2-*`` flags and the preset's defaults, the validation is framed
+by ours, and ``core_transformer_config_from_args`` builds ``K2TransformerConfig``. All are inert
+for a run without ``--k2-preset`` or other K2 flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from megatron_k2.patches.patch import Patch
+
+
+def _with_k2_arguments(original: Callable[..., argparse.ArgumentParser]) -> Any:
+    def add_megatron_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        """Add Megatron's arguments, then K2's, then the preset's defaults."""
+        from megatron_k2 import arguments
+
+        return arguments.add_k2_args(original(parser))
+
+    return add_megatron_arguments
+
+
+def _with_k2_validation(original: Callable[..., Any]) -> Any:
+    def validate_args(args: argparse.Namespace, defaults: dict[str, Any] | None = None) -> Any:
+        """Check K2's rules, then Megatron's, then derive what K2 derives."""
+        from megatron_k2 import arguments
+
+        arguments.validate_k2_args(args)
+        validated = original(args, defaults or {})
+        arguments.finish_k2_args(args)
+        return validated
+
+    return validate_args
+
+
+def _with_k2_config(original: type) -> Any:
+    from megatron_k2.model.config import K2TransformerConfig
+
+    return K2TransformerConfig
+
+
+def _no_hook() -> bool:
+    """The stock script still gives extensions no way to add arguments."""
+    from megatron.training import arguments
+
+    return "entry_points" not in inspect.getsource(arguments.parse_args)
+
+
+def _config_is_fixed() -> bool:
+    """MLA still overrides the configuration class that a caller asks for."""
+    from megatron.training import argument_utils
+
+    source = inspect.getsource(argument_utils.core_transformer_config_from_args)
+    return "config_class = MLATransformerConfig" in source
+
+
+_RANGE = {"distribution": "megatron-core", "min_version": "0.19.0", "max_version": "0.19.2"}
+
+PATCHES = (
+    Patch(
+        id="k2-arguments",
+        target="megatron.training.arguments:add_megatron_arguments",
+        replacement=_with_k2_arguments,
+        fingerprint="580b80fbe586",
+        why="the unmodified pretrain_gpt.py has to accept --k2-preset",
+        upstream="megatron/training/arguments.py:45",
+        remove_when="Megatron loads argument providers from an entry point",
+        still_needed=_no_hook,
+        **_RANGE,
+    ),
+    Patch(
+        id="k2-validation",
+        target="megatron.training.arguments:validate_args",
+        replacement=_with_k2_validation,
+        fingerprint="47bfcd3af0d8",
+        why="K2's checks must come before Megatron's asserts, which name no flag",
+        upstream="megatron/training/arguments.py:388",
+        remove_when="Megatron loads argument providers from an entry point",
+        still_needed=_no_hook,
+        **_RANGE,
+    ),
+    Patch(
+        id="k2-config",
+        target="megatron.core.transformer:MLATransformerConfig",
+        replacement=_with_k2_config,
+        fingerprint="5ee072f3d8bc",
+        why="with MLA, core_transformer_config_from_args ignores the config class it is given",
+        upstream="megatron/training/argument_utils.py:291",
+        remove_when="config_class wins over multi_latent_attention",
+        still_needed=_config_is_fixed,
+        importers=None,
+        **_RANGE,
+    ),
+)
