@@ -224,21 +224,25 @@ def check_versions() -> None:
             f"Python {found} found, {PYTHON_RANGE} needed; `make setup` finds a newer Python or "
             "says what to install"
         )
-    torch_install = "pip install 'torch>=2.14,<2.16'"
-    megatron_install = "pip install 'megatron-core[training]==0.19.*'"
-    _check("torch", TORCH_RANGE, torch_install, "")
-    root = megatron_root()
-    _check("megatron-core", MEGATRON_RANGE, megatron_install, f" in {root}" if root else "")
+    _check("torch", distribution_version("torch"), TORCH_RANGE, TORCH_INSTALL, "")
+    where = f" in {megatron_root()}"
+    _check("megatron-core", megatron_version(), MEGATRON_RANGE, MEGATRON_INSTALL, where)
 
 
-def _check(distribution: str, allowed: SpecifierSet, install: str, where: str) -> None:
-    found = distribution_version(distribution)
+def _check(
+    distribution: str, found: str | None, allowed: SpecifierSet, install: str, where: str
+) -> None:
     if found is None:
         raise ImportError(f"{distribution} {allowed} needed, Python finds none; install: {install}")
     if not allowed.contains(Version(found).public, prereleases=True):
         raise ImportError(
             f"{distribution} {found} found{where}, {allowed} needed; install: {install}"
         )
+
+
+def _find_megatron() -> Path | None:
+    spec = importlib.util.find_spec("megatron.core") if _is_found("megatron") else None
+    return None if spec is None or spec.origin is None else Path(spec.origin).parents[2]
 
 
 def _is_found(module: str) -> bool:
