@@ -77,7 +77,7 @@ def register(device_name: str | None = None, argv: Sequence[str] | None = None) 
     _REGISTERED = Registration(
         device=resolved,
         megatron_root=compat.megatron_root(),
-        megatron_version=compat.distribution_version("megatron-core"),
+        megatron_version=compat.megatron_version(),
         patches=tuple(applied),
     )
     if int(os.environ.get("RANK", "0")) == 0:
