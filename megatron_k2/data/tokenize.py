@@ -1,0 +1,155 @@
+"""A sentencepiece tokenizer from text, and text to Megatron's `.bin/.idx`.
+
+The tokenizer is byte-pair encoding with byte fallback (every UTF-8 text round-trips, except that
+a literal U+2581 becomes a space), identity normalisation and white space kept: indentation is
+pieces of its own and a line feed one piece, as source code needs. Control pieces are never
+matched in text, so a document that contains "</s>" cannot end itself. It is a stock
+`--tokenizer-type SentencePieceTokenizer` model: the bytes written here are those of stock
+`tools/preprocess_data.py --append-eod`.
+
+Left out until the data issue: Kimi's own tiktoken model, resume inside one file, provenance.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from itertools import batched
+from pathlib import Path
+from typing import Any
+
+EOD_ID = 2  # "</s>": what upstream's SentencePieceTokenizer returns as eod
+SAMPLE_BYTES = 4_000_000  # of text to learn from: 1 s of one core, and more changes little
+LINE_CHARS = 2_000  # sentencepiece learns from lines; longer ones are cut here
+BATCH_DOCUMENTS = 32  # encoded at once by `num_threads` threads
+
+
+def read_texts(jsonl: Path) -> Iterator[str]:
+    """Yield the "text" of each line of a JSONL file."""
+    with jsonl.open("rb") as file:
+        for line in file:
+            yield json.loads(line)["text"]
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
+    """Learn a tokenizer.
+
+    Args:
+        texts: training documents only; the first 4 MB are learnt from, so give them shuffled.
+        vocab_size: number of pieces, with 4 control, 1 line feed and 256 byte pieces in it.
+
+    Returns:
+        The serialised sentencepiece model, byte-identical for the same texts.
+
+    Raises:
+        ValueError: the texts hold too few distinct words for the vocabulary.
+    """
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_sample_lines(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            character_coverage=0.9995,  # sentencepiece's default; the rest goes to bytes
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            user_defined_symbols=["\n"],
+            unk_id=0,
+            bos_id=1,
+            eos_id=EOD_ID,
+            pad_id=3,
+            max_sentence_length=8 * LINE_CHARS,  # bytes; 4 a character at most
+            num_threads=1,  # it is stored in the model, whose bytes must not vary
+            minloglevel=2,  # errors only
+        )
+    except RuntimeError as error:
+        allowed = re.search(r"value <= (\d+)", str(error))
+        if allowed is None:
+            raise
+        raise ValueError(
+            f"--vocab-size {vocab_size}: the text has too few distinct words; "
+            f"at most {allowed.group(1)} is possible"
+        ) from error
+    return model.getvalue()
+
+
+def _sample_lines(texts: Iterable[str]) -> Iterator[str]:
+    remaining = SAMPLE_BYTES
+    for text in texts:
+        for line in text.split("\n"):
+            for start in range(0, len(line), LINE_CHARS):
+                yield line[start : start + LINE_CHARS]
+        remaining -= len(text)
+        if remaining <= 0:
+            return
+
+
+def load_tokenizer(model: Path) -> Any:
+    """Return the sentencepiece processor of a model file.
+
+    Raises:
+        ValueError: the file is missing or not a sentencepiece model.
+    """
+    import sentencepiece
+
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=str(model))
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"--tokenizer-model {model}: not a sentencepiece model") from error
+
+
+def write_indexed(
+    texts: Iterable[str],
+    tokenizer: Any,
+    prefix: Path,
+    num_threads: int = 2,
+    progress: Callable[[int], None] | None = None,
+) -> int:
+    """Encode documents and write `prefix.bin` and `prefix.idx` with upstream's builder.
+
+    Each document is one sequence that ends in EOD; documents without tokens are left out, as
+    upstream does. Both files appear at once or not at all (temporary names, then rename; the
+    index last). The bytes do not depend on `num_threads`.
+
+    Args:
+        texts: documents, in the order in which they are written.
+        tokenizer: what `load_tokenizer` returned.
+        prefix: path without suffix, in an existing folder.
+        num_threads: encoder threads.
+        progress: called with the number of characters encoded so far.
+
+    Returns:
+        Number of tokens written, EODs included.
+    """
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    partial_bin = prefix.with_name(prefix.name + ".bin.partial")
+    partial_idx = prefix.with_name(prefix.name + ".idx.partial")
+    builder = IndexedDatasetBuilder(
+        str(partial_bin), dtype=DType.optimal_dtype(tokenizer.get_piece_size())
+    )
+    num_tokens = num_chars = 0
+    for batch in batched(texts, BATCH_DOCUMENTS):
+        for ids in tokenizer.encode(list(batch), num_threads=num_threads):
+            if ids:
+                builder.add_document([*ids, tokenizer.eos_id()], [len(ids) + 1])
+                num_tokens += len(ids) + 1
+        num_chars += sum(map(len, batch))
+        if progress is not None:
+            progress(num_chars)
+    builder.finalize(str(partial_idx))
+    for partial, suffix in ((partial_bin, ".bin"), (partial_idx, ".idx")):
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(prefix.with_name(prefix.name + suffix))
+    return num_tokens
