@@ -109,6 +109,8 @@ def add_k2_args(
     )
     _add_yarn_args(group)
     explicit = _explicit_destinations(parser, argv)
+    # Upstream divides by the evaluation interval and gives it no default; 1000 is its old one.
+    parser.set_defaults(eval_interval=1000)
     name = device.flag_value("--k2-preset", argv)
     if name is not None:
         parser.set_defaults(**_preset_defaults(_load(name)))
