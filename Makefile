@@ -1,0 +1,47 @@
+# Two commands for a fresh machine: `make pretrain` and `make test`. Each does all set-up itself.
+#   make pretrain [INPUT=corpus.jsonl] [OUT=folder] [MINUTES=3]
+SHELL := /bin/bash
+PYTHON_VENV := .venv/bin/python
+export PYTHON
+
+.PHONY: help setup pretrain test evidence bench format lint docs-check clean
+
+help:
+	@echo "make pretrain    train k2-nano on real text: INPUT=file.jsonl OUT=folder MINUTES=3"
+	@echo "make test        ruff, mypy and the tests (5 minutes on 2 cores)"
+	@echo "make evidence    the heavy proofs that make test leaves out"
+	@echo "make bench       every bench of tools/bench"
+	@echo "make setup       only .venv;  PYTHON=/path/to/python3.12 names the interpreter"
+	@echo "make format | lint | docs-check | clean"
+
+setup:
+	@tools/bootstrap.sh
+
+pretrain: setup
+	@$(PYTHON_VENV) tools/pretrain_from_text.py $(if $(INPUT),--input "$(INPUT)") \
+		$(if $(OUT),--out "$(OUT)") $(if $(MINUTES),--minutes "$(MINUTES)")
+
+lint: setup
+	$(PYTHON_VENV) -m ruff check .
+	$(PYTHON_VENV) -m ruff format --check .
+	$(PYTHON_VENV) -m mypy
+
+test: lint
+	$(PYTHON_VENV) -m pytest -x -q -rs --durations=10
+
+evidence: setup
+	$(PYTHON_VENV) -m pytest -q -rs --durations=10 -m evidence
+
+bench: setup
+	@set -e; for bench in tools/bench/*.py; do echo "== $$bench"; $(PYTHON_VENV) "$$bench"; done
+
+format: setup
+	$(PYTHON_VENV) -m ruff check --fix .
+	$(PYTHON_VENV) -m ruff format .
+
+docs-check: setup
+	$(PYTHON_VENV) tools/docs_check.py
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
