@@ -10,6 +10,7 @@ tracebacks, and the workers are forked anew for the next job.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import signal
 import subprocess
@@ -203,10 +204,8 @@ class Pool:
 
     def _drop_workers(self) -> None:
         for pid in self.pids:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         for connection in self.workers:
             connection.close()
         self.workers, self.pids, self.idle = [], [], set()

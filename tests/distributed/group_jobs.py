@@ -1,0 +1,86 @@
+"""Jobs that create, use, destroy and re-create process groups (run by the worker pool)."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from megatron_k2 import parallel
+
+
+def exchange_sums(names: list[str]) -> dict[str, tuple[list[int], float]]:
+    """Return each named group's ranks and the sum over it of ``2 ** rank``."""
+    found = {}
+    for name in names:
+        group = parallel.k2_groups.get(name)
+        value = torch.tensor(2.0 ** torch.distributed.get_rank())
+        torch.distributed.all_reduce(value, group=group)
+        found[name] = (torch.distributed.get_process_group_ranks(group), value.item())
+    return found
+
+
+def recreate(first: dict[str, Any], second: dict[str, Any], names: list[str]) -> list[Any]:
+    """Use the groups under two layouts in one process, and again after upstream's own destroy."""
+    found = []
+    parallel.initialize_model_parallel(**first)
+    found.append(exchange_sums(names))
+    old = {name: parallel.k2_groups.get(name) for name in names}
+    parallel.destroy_model_parallel()
+    live = torch.distributed.distributed_c10d._world.pg_map
+    own = [name for name in names if parallel.GROUP_RECIPES[name].own]
+    assert not any(old[name] in live for name in own), "a group of ours outlived its state"
+    parallel.initialize_model_parallel(**second)
+    found.append(exchange_sums(names))
+    # Somebody else may destroy Megatron's state behind the adapter's back.
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    parallel.initialize_model_parallel(**first)
+    found.append(exchange_sums(names))
+    return found
+
+
+def identity() -> dict[str, Any]:
+    """Return whether shared groups are Megatron's own objects and own groups are not."""
+    pg_collection = parallel.get_pg_collection()
+    shared = parallel.k2_groups.get("max_logit") is pg_collection.dp_cp
+    own = parallel.k2_groups.get("optimizer_exchange")
+    return {
+        "shared": shared,
+        "own": own is not pg_collection.intra_dp_cp,
+        "cached": own is parallel.k2_groups.get("optimizer_exchange"),
+        "backend": torch.distributed.get_backend(own),
+    }
+
+
+def errors() -> list[str]:
+    """Return the messages of the two refusals."""
+    messages = []
+    for name in ("max_logits", "max_logit"):
+        try:
+            parallel.k2_groups.get(name)
+        except (ValueError, RuntimeError) as error:
+            messages.append(str(error))
+    return messages
+
+
+def raise_on(rank: int) -> None:
+    """Raise in one rank while the others wait in a collective."""
+    if torch.distributed.get_rank() == rank:
+        raise ValueError("this rank has had enough")
+    torch.distributed.barrier()
+
+
+def hang_on(rank: int) -> None:
+    """Never return in one rank."""
+    if torch.distributed.get_rank() == rank:
+        time.sleep(3600)
+
+
+def process_id() -> int:
+    """Return the rank's process id."""
+    import os
+
+    return os.getpid()
