@@ -6,7 +6,20 @@ the opt-in device layer and are never active on CUDA. ``README.md`` is the gener
 
 from megatron_k2.patches.cpu import hide_gpu_packages, host_torch, rng_state, tensor_cuda
 from megatron_k2.patches.cpu import tensor_types
-from megatron_k2.patches.megatron_core import compile_helpers, k2_arguments
+from megatron_k2.patches.megatron_core import (
+    adam_state_dict,
+    adam_step_count,
+    adam_step_is_no_shard,
+    adam_step_load,
+    async_queue,
+    async_result_queue,
+    chained_optimizer_count,
+    compile_helpers,
+    k2_arguments,
+    load_verified,
+    save_files,
+    save_guard,
+)
 from megatron_k2.patches.patch import Patch, PatchError
 
 ALL_PATCHES: tuple[Patch, ...] = (
@@ -17,6 +30,16 @@ ALL_PATCHES: tuple[Patch, ...] = (
     *tensor_types.PATCHES,
     compile_helpers.PATCH,
     *k2_arguments.PATCHES,
+    adam_step_count.PATCH,
+    adam_state_dict.PATCH,
+    adam_step_load.PATCH,
+    adam_step_is_no_shard.PATCH,
+    chained_optimizer_count.PATCH,
+    async_result_queue.PATCH,
+    async_queue.PATCH,
+    *save_files.PATCHES,
+    *save_guard.PATCHES,
+    load_verified.PATCH,
 )
 
 __all__ = ["ALL_PATCHES", "Patch", "PatchError"]

@@ -1,0 +1,1 @@
+"""Checkpoints that survive faults: what is whole on disk, and how a save ended."""

@@ -1,0 +1,143 @@
+"""What is checked before a checkpoint is loaded, with all ranks reading their share of the files.
+
+A damaged checkpoint is refused with the file's name and the flags that load the newest intact one.
+So is an optimizer state that the present layout cannot take: upstream names a flag there that has
+no such effect (``--ckpt-fully-parallel-save``), or fails on a missing key.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_k2.checkpoint import intact
+
+_verified: set[tuple[str, int]] = set()
+# Layout arguments that only a fully reshardable optimizer state survives.
+_LAYOUT_FLAGS = {
+    "tensor_model_parallel_size": "--tensor-model-parallel-size",
+    "pipeline_model_parallel_size": "--pipeline-model-parallel-size",
+    "expert_model_parallel_size": "--expert-model-parallel-size",
+    "expert_tensor_parallel_size": "--expert-tensor-parallel-size",
+}
+
+
+def require_intact(save_dir: str, iteration: int | None, level: str = "full") -> None:
+    """Refuse a checkpoint whose files are not what its manifest says.
+
+    Args:
+        save_dir: the directory given with ``--load``.
+        iteration: ``--ckpt-step``, or None for what the tracker file names.
+        level: ``full``, ``size`` or ``off``. Before the process group exists every process would
+            read all files, so that only sizes are compared then.
+
+    Raises:
+        DamagedCheckpointError: on all ranks, with the first damaged file and a way out.
+    Collective: over all ranks if torch.distributed is initialised - every rank must call.
+    """
+    if level == "off":
+        return
+    distributed = torch.distributed.is_initialized()
+    iteration = iteration or _tracked_iteration(save_dir)
+    if iteration is None or (save_dir, iteration) in _verified:
+        return
+    rank = torch.distributed.get_rank() if distributed else 0
+    if rank == 0:
+        intact.restore_replaced(intact.iteration_directory(save_dir, iteration))
+    if not distributed:
+        problems = intact.verify(save_dir, iteration, "size")
+    else:
+        problems = _verify_together(save_dir, iteration, level)
+    if problems:
+        way_out = _broadcast(intact.offer(save_dir, level) if rank == 0 else None)
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise intact.DamagedCheckpointError(
+            f"checkpoint of iteration {iteration} in {save_dir} is damaged: {problems[0]}{more}; "
+            f"{way_out}"
+        )
+    if distributed:
+        _verified.add((save_dir, iteration))
+        if rank == 0 and not intact.has_manifest(save_dir, iteration):
+            print(
+                f"note: checkpoint {iteration} in {save_dir} has no manifest, so that its files "
+                "are loaded unverified (it was saved without megatron_k2)",
+                flush=True,
+            )
+
+
+def require_same_layout(common_state: dict[str, Any], args: argparse.Namespace) -> None:
+    """Refuse an optimizer state that is bound to the layout it was saved in.
+
+    Args:
+        common_state: what Megatron loads first: the saved ``args`` and ``content_metadata``.
+        args: the present arguments.
+
+    Raises:
+        ValueError: it is, and the layout has changed; with both values and the flags.
+    """
+    saved = common_state.get("args")
+    metadata = common_state.get("content_metadata") or {}
+    kind = metadata.get("distrib_optim_sharding_type")
+    skipped = args.no_load_optim or args.finetune or getattr(saved, "no_save_optim", False)
+    if saved is None or kind != "dp_reshardable" or skipped:
+        return
+    for name, flag in _LAYOUT_FLAGS.items():
+        before, now = getattr(saved, name, None), getattr(args, name, None)
+        if before != now:
+            raise ValueError(
+                f"{flag} {now}: the checkpoint was saved with {before} and its optimizer state "
+                f"fits no other value; use {flag} {before}, or save it there once more with "
+                "--dist-ckpt-optim-fully-reshardable, or drop the state with --no-load-optim"
+            )
+
+
+def forget() -> None:
+    """Verify again what this process has verified; for tests that damage files."""
+    _verified.clear()
+
+
+def _tracked_iteration(save_dir: str) -> int | None:
+    """Return what the tracker file names; None if there is none or it names a release.
+
+    Raises:
+        DamagedCheckpointError: it names nothing.
+    """
+    tracker = Path(save_dir) / intact.TRACKER
+    if not tracker.is_file():
+        newest = intact.find_newest_intact(save_dir, "size")
+        if newest is not None:
+            print(
+                f"note: {tracker} is missing, so that training starts anew; "
+                f"{intact.offer(save_dir, 'size')}",
+                flush=True,
+            )
+        return None
+    text = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    if text == "release":
+        return None
+    if not text.isdigit():
+        raise intact.DamagedCheckpointError(
+            f"{tracker} names no iteration but {text!r}; {intact.offer(save_dir, 'size')}"
+        )
+    return int(text)
+
+
+def _verify_together(save_dir: str, iteration: int, level: str) -> list[str]:
+    """Return the problems that all ranks found, each in its share of the files."""
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    found: list[Any] = [None] * world_size
+    mine = intact.verify(save_dir, iteration, level, share=(rank, world_size))
+    torch.distributed.all_gather_object(found, mine)
+    return sorted({problem for problems in found for problem in problems})
+
+
+def _broadcast(value: str | None) -> str | None:
+    """Return rank 0's value on all ranks."""
+    if not torch.distributed.is_initialized():
+        return value
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
