@@ -176,6 +176,19 @@ def megatron_root() -> Path:
     return root
 
 
+def wheel_folder(package: str) -> Path | None:
+    """Return the folder of ``package`` inside the installed megatron-core wheel, None without one.
+
+    A Megatron-LM checkout on the path can stand before the wheel; this is the wheel's all the same.
+    """
+    try:
+        distribution = importlib.metadata.distribution("megatron-core")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    folder = Path(str(distribution.locate_file(package.replace(".", "/"))))
+    return folder if folder.is_dir() else None
+
+
 def megatron_version() -> str:
     """Return the version of the Megatron-Core in ``megatron_root()``.
 
