@@ -1,0 +1,249 @@
+"""Core attention of K2's MLA on the local path, without Transformer Engine.
+
+Tiles on the CPU, torch's fused kernels on CUDA; head widths of q/k and v may differ, sequences may be
+packed. Beside its output it records each head's largest softmax input for QK-Clip (max_logit.py); the
+same for Transformer Engine is in te_attention.py. Not here: context parallelism. The CUDA branch
+(padded v, ``scaled_dot_product_attention``) runs in tests on the CPU only.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import cast
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import divide
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.utils.weak import WeakIdKeyDictionary
+
+from megatron_k2.model.max_logit import (
+    MaxLogitRecord,
+    chunked_max_logits,
+    max_logits,
+    reset_max_logits,
+)
+from megatron_k2.model.tiled_attention import tiled_causal_attention
+
+__all__ = ["K2CoreAttention", "max_logits", "reset_max_logits"]
+
+_CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
+_UNMASKED = (AttnMaskType.no_mask, AttnMaskType.padding)
+_known_causal_masks = WeakIdKeyDictionary()
+
+
+def _is_causal_mask(mask: Tensor) -> bool:
+    """Tell whether a bool mask [.., queries, keys] (True hides) is the plain causal one.
+
+    Megatron's data loader hands the same mask tensor to every layer: the answer is remembered.
+    """
+    if mask not in _known_causal_masks:
+        size = mask.shape[-2:]
+        plain = torch.ones(size, dtype=torch.bool, device=mask.device).triu_(1)
+        _known_causal_masks[mask] = size[0] == size[1] and bool((mask == plain).all())
+    return cast("bool", _known_causal_masks[mask])
+
+
+class K2CoreAttention(MaxLogitRecord, MegatronModule):
+    """Scaled dot-product attention without Transformer Engine, on CPU and CUDA.
+
+    Args:
+        config: attention dropout and the K2 fields; context parallelism must be 1.
+        softmax_scale: factor of ``q k^T``, YaRN's mscale included.
+        k_channels: width of a query and key head.
+        v_channels: width of a value head; may differ.
+        pg_collection: needs ``tp``; heads are split over it.
+
+    Raises:
+        ValueError: the configuration asks for something this path does not do.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        del attention_type, cp_comm_type  # self-attention only; context parallelism is refused
+        super().__init__(config=config)
+        _refuse_unsupported(config)
+        if pg_collection is None:
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"])
+        self.layer_number = max(1, layer_number)
+        self.attn_mask_type = attn_mask_type
+        self.k_channels = k_channels or config.kv_channels
+        self.v_channels = v_channels or config.kv_channels
+        self.softmax_scale = softmax_scale or cast("int", self.k_channels) ** -0.5
+        self.attention_dropout = (
+            config.attention_dropout if attention_dropout is None else attention_dropout
+        )
+        self.num_attention_heads_per_partition = divide(
+            config.num_attention_heads, pg_collection.tp.size()
+        )
+        self.records_max_logits = getattr(config, "k2_max_attention_logit", True)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [s, b, heads, k_channels], or packed [t, heads, k_channels].
+            key: like ``query``.
+            value: [s, b, heads, width] or [t, heads, width].
+            attention_mask: None, or bool [b or 1, 1, s, s] with True where a key is hidden.
+            attn_mask_type: overrides the constructor's.
+            packed_seq_params: ``thd`` sequences; ``cu_seqlens_*_padded`` give their places.
+
+        Returns:
+            [s, b, heads x width], or packed [t, heads x width].
+
+        Raises:
+            ValueError: an attention bias, a mask on packed sequences, or another mask type.
+        """
+        if attention_bias is not None:
+            raise ValueError("K2CoreAttention takes no attention_bias")
+        mask_type = attn_mask_type or self.attn_mask_type
+        if mask_type not in _CAUSAL + _UNMASKED:
+            raise ValueError(f"K2CoreAttention does not support the mask type {mask_type.name}")
+        causal = mask_type in _CAUSAL
+        if packed_seq_params is not None:
+            return self._forward_packed(
+                query, key, value, attention_mask, causal, packed_seq_params
+            )
+        if attention_mask is not None:
+            if query.size(0) == key.size(0) and _is_causal_mask(attention_mask):
+                causal, attention_mask = True, None
+            else:
+                causal = False
+        batch = query.size(1)
+        q, k, v = (x.flatten(1, 2) for x in (query, key, value))
+        output = self._attend(q, k, v, causal, attention_mask, batch)
+        return output.view(query.size(0), batch, -1)
+
+    def _forward_packed(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        causal: bool,
+        packed: PackedSeqParams,
+    ) -> Tensor:
+        """Attend within each of the packed sequences; [t, heads x width]."""
+        if attention_mask is not None and not _is_causal_mask(attention_mask):
+            raise ValueError("packed sequences take no attention mask besides the causal one")
+        places = (
+            packed.cu_seqlens_q
+            if packed.cu_seqlens_q_padded is None
+            else packed.cu_seqlens_q_padded
+        )
+        bounds, true_bounds = places.tolist(), packed.cu_seqlens_q.tolist()
+        lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+        lengths.append(query.size(0) - bounds[-1])  # tokens after the last sequence
+        true_lengths = [b - a for a, b in zip(true_bounds, true_bounds[1:], strict=False)]
+        padded = true_lengths != lengths[:-1]
+        if self._tiles(query, key, causal) and not padded:
+            output, maxima = tiled_causal_attention(query, key, value, self.softmax_scale, lengths)
+            if self.wants_max_logits():
+                self.record_max_logits_(maxima)
+            return output.flatten(1)
+        parts = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
+        outputs = [self._fused(q, k, v, causal, None, 1) for q, k, v in parts]
+        if self.wants_max_logits():
+            found = chunked_max_logits(
+                query,
+                key,
+                self.softmax_scale,
+                causal=causal,
+                starts=bounds[:-1],
+                lengths=true_lengths,
+            )
+            self.record_max_logits_(found)
+        return torch.cat(outputs).flatten(1)
+
+    def _tiles(self, query: Tensor, key: Tensor, causal: bool) -> bool:
+        """Tell whether the CPU tiles apply."""
+        dropping = self.attention_dropout > 0 and self.training
+        return not query.is_cuda and causal and query.size(0) == key.size(0) and not dropping
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, batch: int
+    ) -> Tensor:
+        """Attend over [tokens, batch x heads, width] tensors and record the largest logits."""
+        if self._tiles(q, k, causal):
+            output, maxima = tiled_causal_attention(q, k, v, self.softmax_scale)
+            if self.wants_max_logits():
+                self.record_max_logits_(maxima)
+            return output
+        if self.wants_max_logits():
+            heads_mask = None
+            if mask is not None:
+                heads_mask = mask.expand(batch, self.num_local_heads, -1, -1).flatten(0, 1)
+            found = chunked_max_logits(q, k, self.softmax_scale, causal=causal, mask=heads_mask)
+            self.record_max_logits_(found)
+        return self._fused(q, k, v, causal, mask, batch)
+
+    def _fused(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, batch: int
+    ) -> Tensor:
+        """Call torch's fused attention; v is padded to q's width, which the flash kernels need."""
+        if q.size(0) == 0:
+            return v
+        width = v.size(-1)
+        v = pad(v, [0, q.size(-1) - width]) if width < q.size(-1) else v
+        q, k, v = (x.unflatten(1, (batch, -1)).permute(1, 2, 0, 3) for x in (q, k, v))
+        keep = None if mask is None else ~mask
+        if causal and q.size(2) != k.size(2):  # the queries are the last tokens of the keys
+            shape = (q.size(2), k.size(2))
+            keep = torch.ones(shape, dtype=torch.bool, device=q.device).tril_(shape[1] - shape[0])
+        attend = functools.partial(
+            scaled_dot_product_attention,
+            attn_mask=keep,
+            is_causal=causal and keep is None,
+            scale=self.softmax_scale,
+        )
+        if self.attention_dropout > 0 and self.training:
+            with get_cuda_rng_tracker().fork():  # heads differ between tensor-parallel ranks
+                output = attend(q, k, v, dropout_p=self.attention_dropout)
+        else:
+            output = attend(q, k, v)
+        return output[..., :width].permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def _refuse_unsupported(config: TransformerConfig) -> None:
+    """Raise ValueError for what the local path does not do."""
+    if config.context_parallel_size > 1:
+        raise ValueError(
+            f"--context-parallel-size {config.context_parallel_size} needs --transformer-impl "
+            "transformer_engine; the local attention holds whole sequences (allowed: 1)"
+        )
+    if config.window_size is not None:
+        raise ValueError(f"--window-size {config.window_size} is not supported by K2's attention")
+    if config.softmax_type != "vanilla":
+        raise ValueError(f"--softmax-type {config.softmax_type}: only vanilla is supported locally")
+    if config.num_query_groups not in (None, config.num_attention_heads):
+        raise ValueError(
+            f"--num-query-groups {config.num_query_groups} must equal --num-attention-heads "
+            f"{config.num_attention_heads}: MLA has one key head per query head"
+        )

@@ -1,0 +1,125 @@
+"""Layer specs of Kimi K2: upstream's GPT decoder block with its leaves swapped.
+
+``--spec megatron_k2.model.specs get_k2_decoder_block_spec`` names the first function. The stock block
+spec decides layers, dense or expert, per pipeline stage (uneven layouts and virtual stages included);
+here it is copied and the attention, norms and expert modules are replaced: K2's own on the local
+path, thin subclasses over Transformer Engine's otherwise. No patch; every module is a subclass of
+upstream's, which the overlapped expert-parallel schedule needs.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+
+from megatron_k2.model.core_attention import K2CoreAttention
+from megatron_k2.model.delayed_linear import K2TransformerLayer
+from megatron_k2.model.mla import K2FusedMLASelfAttention, K2MLASelfAttention
+from megatron_k2.model.norm import K2RMSNorm
+
+
+def get_k2_decoder_block_spec(
+    model_config: Any, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    """Return the block spec of this pipeline stage, as upstream's ``GPTModelBuilder`` asks for it.
+
+    Args:
+        model_config: upstream's ``GPTModelConfig``; its ``transformer`` is read.
+        vp_stage: virtual pipeline stage.
+
+    Raises:
+        ValueError: the configuration is not one of multi-latent attention.
+    """
+    return get_k2_layer_specs(model_config.transformer, vp_stage=vp_stage)
+
+
+def get_k2_layer_specs(
+    config: MLATransformerConfig, vp_stage: int | None = None, pp_rank: int | None = None
+) -> TransformerBlockSubmodules:
+    """Return the block spec of one pipeline stage from a transformer configuration.
+
+    Args:
+        config: ``config.transformer_impl`` chooses between ``local`` and ``transformer_engine``.
+        vp_stage: virtual pipeline stage.
+        pp_rank: pipeline rank; None asks parallel_state.
+
+    Raises:
+        ValueError: the configuration is not one of multi-latent attention, or names an
+            implementation that K2 has no leaves for.
+    """
+    if not config.multi_latent_attention:
+        raise ValueError("the K2 layer spec needs --multi-latent-attention")
+    if config.transformer_impl not in ("local", "transformer_engine"):
+        raise ValueError(
+            f"--transformer-impl {config.transformer_impl}: K2 has leaves for local and "
+            "transformer_engine"
+        )
+    use_te = config.transformer_impl == "transformer_engine"
+    block = get_gpt_decoder_block_spec(
+        config,
+        use_transformer_engine=use_te,
+        normalization=config.normalization,
+        qk_l2_norm=config.qk_l2_norm,
+        vp_stage=vp_stage,
+        pp_rank=pp_rank,
+    )
+    layers = [_k2_layer(layer, config, use_te) for layer in block.layer_specs]
+    norm = block.layer_norm if use_te else K2RMSNorm
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
+
+
+def _k2_layer(layer: ModuleSpec, config: MLATransformerConfig, use_te: bool) -> ModuleSpec:
+    """Return a copy of a stock layer spec with K2's leaves."""
+    stock = cast("TransformerLayerSubmodules", layer.submodules)
+    submodules = copy.copy(stock)
+    submodules.self_attention = _k2_attention(stock.self_attention, config, use_te)
+    if not use_te:
+        submodules.input_layernorm = K2RMSNorm
+        submodules.pre_mlp_layernorm = K2RMSNorm
+    submodules.mlp = _k2_mlp(stock, config, use_te)
+    module = layer.module if use_te else K2TransformerLayer
+    return ModuleSpec(module=module, params=layer.params, submodules=submodules)
+
+
+def _k2_mlp(stock: TransformerLayerSubmodules, config: MLATransformerConfig, use_te: bool) -> Any:
+    """Return K2's feed-forward of a dense or an expert layer."""
+    try:  # being written
+        from megatron_k2.model.experts import get_k2_dense_mlp_spec, get_k2_moe_spec
+    except ImportError:
+        return stock.mlp
+    build_mlp = get_k2_moe_spec if _is_moe(stock) else get_k2_dense_mlp_spec
+    return build_mlp(config, use_te)
+
+
+def _is_moe(stock: TransformerLayerSubmodules) -> bool:
+    """Tell whether a stock layer holds experts: its mlp is a partial over MoELayer."""
+    module = getattr(stock.mlp, "func", getattr(stock.mlp, "module", stock.mlp))
+    return isinstance(module, type) and issubclass(module, MoELayer)
+
+
+def _k2_attention(stock: Any, config: MLATransformerConfig, use_te: bool) -> ModuleSpec:
+    """Return a copy of the stock attention spec with K2's attention and core attention."""
+    submodules: MLASelfAttentionSubmodules = copy.copy(stock.submodules)
+    if use_te:
+        from megatron_k2.model.te_attention import K2TECoreAttention
+
+        submodules.core_attention = K2TECoreAttention
+        fused = config.mla_down_proj_fusion and config.q_lora_rank is not None
+        module: type = K2FusedMLASelfAttention if fused else K2MLASelfAttention
+        return ModuleSpec(module=module, params=stock.params, submodules=submodules)
+    if config.mla_down_proj_fusion:
+        raise ValueError("--mla-down-proj-fusion needs --transformer-impl transformer_engine")
+    norm = K2RMSNorm if config.qk_layernorm else IdentityOp
+    submodules.core_attention = K2CoreAttention
+    submodules.q_layernorm = norm if config.q_lora_rank is not None else IdentityOp
+    submodules.kv_layernorm = norm
+    return ModuleSpec(module=K2MLASelfAttention, params=stock.params, submodules=submodules)
