@@ -1,0 +1,187 @@
+"""One matrix product for many experts, whose rows lie one expert after the other.
+
+On a CPU, a loop of ``mm`` (or ``torch._grouped_mm``, which is one) meets a new row count for every
+expert and step, and oneDNN generates code for every shape it has not seen: 13.7 ms for 8,192 rows
+of 32 experts (256 x 256, bf16, two cores) where the arithmetic needs 3.5 ms. ``ExpertBuckets``
+sorts the experts by load, puts neighbours into one batched product and pads their rows to a
+multiple of 32: few shapes, little padding, 3.9 ms. On CUDA with bf16, ``ExpertSegments`` lets
+``torch._grouped_mm`` read the row counts on the device and pads nothing. No Megatron import.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+ROW_MULTIPLE = 32
+"""Bucket heights are multiples of this: measured best of 16, 32 and 64 (see the module's text)."""
+
+BUCKET_EXPERTS = 4
+"""Experts in one batched product: 4 keeps padding near 10 % and two cores busy (of 4, 8, 16)."""
+
+
+class RowGroup(Protocol):
+    """Experts whose products are computed by one call, on the rows of ``rows``."""
+
+    rows: slice
+
+    def product(self, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return ``x @ weight[expert]`` for every row of the group.
+
+        Args:
+            x: [rows, in].
+            weight: [experts, in, out], possibly a transposed view.
+            out: [rows, out] to write into, or None.
+        """
+        ...
+
+    def weight_gradient_(self, grad: Tensor, x: Tensor, out: Tensor) -> None:
+        """Write ``grad.T @ x`` of each expert of the group into ``out`` [experts, grad, x]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A RowGroup of experts padded to one height.
+
+    Attributes:
+        experts: [n] local expert indices, int64.
+        rows: rows of this bucket in the padded layout.
+        height: padded rows of each expert.
+    """
+
+    experts: Tensor
+    rows: slice
+    height: int
+
+    def _batch(self, x: Tensor) -> Tensor:
+        return x.view(self.experts.numel(), self.height, x.shape[-1])
+
+    def product(self, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return ``x @ weight[expert]``, see ``RowGroup``."""
+        if out is None:
+            out = x.new_empty(x.shape[0], weight.shape[-1])
+        chosen = _select(weight, self.experts)
+        torch.bmm(self._batch(x), chosen, out=self._batch(out))
+        return out
+
+    def weight_gradient_(self, grad: Tensor, x: Tensor, out: Tensor) -> None:
+        """Write the weight gradients of this bucket's experts, see ``RowGroup``."""
+        gradient = torch.bmm(self._batch(grad).transpose(1, 2), self._batch(x))
+        out.index_copy_(0, self.experts, gradient)
+
+
+def _select(weight: Tensor, experts: Tensor) -> Tensor:
+    """Return ``weight[experts]``, copied in the memory order that ``weight`` has."""
+    if weight.is_contiguous():
+        return weight.index_select(0, experts)
+    return weight.transpose(1, 2).index_select(0, experts).transpose(1, 2)
+
+
+class ExpertBuckets:
+    """The rows of all experts padded and batched; planned once per layer and step.
+
+    Attributes:
+        groups: the batched products, lightest experts first; experts without rows are in none.
+        padded_rows: rows after padding.
+    """
+
+    def __init__(self, rows_per_expert: Sequence[int], device: torch.device) -> None:
+        """Plan the buckets.
+
+        Args:
+            rows_per_expert: rows of each local expert, in expert order.
+            device: where the index tensors live.
+        """
+        counts = torch.tensor(rows_per_expert, dtype=torch.int64)
+        num_rows = int(counts.sum())
+        order = counts.argsort(stable=True)
+        order = order[counts[order] > 0]
+        self.groups: list[Bucket] = []
+        self.padded_rows = 0
+        padded_start = torch.zeros_like(counts)
+        for experts in order.split(BUCKET_EXPERTS) if num_rows else ():
+            height = -(-int(counts[experts[-1]]) // ROW_MULTIPLE) * ROW_MULTIPLE
+            rows = slice(self.padded_rows, self.padded_rows + height * experts.numel())
+            padded_start[experts] = torch.arange(rows.start, rows.stop, height)
+            self.groups.append(Bucket(experts.to(device), rows, height))
+            self.padded_rows = rows.stop
+        start = counts.cumsum(0) - counts
+        target = (padded_start - start).repeat_interleave(counts) + torch.arange(num_rows)
+        source = torch.zeros(self.padded_rows, dtype=torch.int64)
+        source[target] = torch.arange(num_rows)
+        is_row = torch.zeros(self.padded_rows)
+        is_row[target] = 1.0
+        self._source, self._target = source.to(device), target.to(device)
+        self._is_row = is_row.to(device)
+
+    def rows_of(self, x: Tensor, group: RowGroup) -> Tensor:
+        """Copy a group's rows of ``x`` [num_rows, width]; padding repeats row 0 (weigh it zero)."""
+        return x.index_select(0, self._source[group.rows])
+
+    def pad_weights(self, weights: Tensor) -> Tensor:
+        """Return ``weights`` [num_rows] in the padded layout, zero on padding."""
+        return weights.index_select(0, self._source).mul_(self._is_row)
+
+    def unpad(self, padded: Tensor) -> Tensor:
+        """Copy [padded rows, ...] back to [num_rows, ...] in expert order."""
+        return padded.index_select(0, self._target)
+
+
+@dataclass(frozen=True)
+class _Segments:
+    """All experts as one RowGroup, their ends given on the device."""
+
+    rows: slice
+    ends: Tensor
+
+    def product(self, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return ``x @ weight[expert]``, see ``RowGroup``."""
+        result = torch._grouped_mm(x, weight, offs=self.ends)
+        return result if out is None else out.copy_(result)
+
+    def weight_gradient_(self, grad: Tensor, x: Tensor, out: Tensor) -> None:
+        """Write all weight gradients, see ``RowGroup``."""
+        out.copy_(torch._grouped_mm(grad.t(), x, offs=self.ends))
+
+
+class ExpertSegments:
+    """The rows of all experts as they lie, for ``torch._grouped_mm`` (bf16, CUDA)."""
+
+    def __init__(self, rows_per_expert: Sequence[int], device: torch.device) -> None:
+        """Take the segments' ends to the device; see ``ExpertBuckets`` for the arguments."""
+        self.padded_rows = sum(rows_per_expert)
+        counts = torch.tensor(rows_per_expert, dtype=torch.int32)
+        ends = counts.cumsum(0, dtype=torch.int32).to(device)
+        self.groups = [_Segments(slice(0, self.padded_rows), ends)] if self.padded_rows else []
+
+    def rows_of(self, x: Tensor, group: RowGroup) -> Tensor:
+        """Return ``x`` itself: nothing is padded."""
+        return x
+
+    def pad_weights(self, weights: Tensor) -> Tensor:
+        """Return ``weights`` itself."""
+        return weights
+
+    def unpad(self, padded: Tensor) -> Tensor:
+        """Return ``padded`` itself."""
+        return padded
+
+
+RowPlan = ExpertBuckets | ExpertSegments
+
+
+def plan_rows(rows_per_expert: Sequence[int], like: Tensor) -> RowPlan:
+    """Choose how to multiply rows like ``like`` [num_rows, width], by device and dtype.
+
+    Args:
+        rows_per_expert: rows of each local expert; experts may be empty.
+        like: tells device and dtype.
+    """
+    if like.device.type == "cuda" and like.dtype == torch.bfloat16:
+        return ExpertSegments(rows_per_expert, like.device)
+    return ExpertBuckets(rows_per_expert, like.device)

@@ -1,0 +1,124 @@
+"""The routed experts as one autograd function: fc1, SwiGLU, routing probability, fc2.
+
+``y = p * W2_e (silu(G_e x) * U_e x)`` for every row, rows lying expert after expert. Between
+forward and backward it keeps the rows, the output of fc1 and the probabilities; SwiGLU is computed
+again in the backward pass, which needs its derivative anyway. Each group of experts goes through
+all products while its rows are in the cache. The weight gradients can wait in a queue for
+``backward_dw`` (upstream's overlapped expert-parallel schedule). No Megatron import.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_k2.model.grouped_gemm import RowGroup, RowPlan
+from megatron_k2.model.swiglu import swiglu_backward, swiglu_forward
+
+
+class PendingWeightGradient:
+    """Weight-gradient products that are known but not yet computed.
+
+    Attributes:
+        products: per row group the operands (group, gradient of the output, input).
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        """Remember the weight's shape, nothing else of it."""
+        self._shape, self._dtype, self._device = weight.shape, weight.dtype, weight.device
+        self.products: list[tuple[RowGroup, Tensor, Tensor]] = []
+
+    def compute(self) -> Tensor:
+        """Return the gradient [experts, out, in]; experts without rows get zero."""
+        gradient = torch.zeros(self._shape, dtype=self._dtype, device=self._device)
+        for group, grad, x in self.products:
+            group.weight_gradient_(grad, x, gradient)
+        return gradient
+
+
+WeightGradientQueues = tuple[deque[PendingWeightGradient], deque[PendingWeightGradient]]
+
+
+class _GroupedSwiGLUMLP(torch.autograd.Function):
+    """Autograd of ``grouped_swiglu_mlp``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        probs: Tensor,
+        fc1: Tensor,
+        fc2: Tensor,
+        plan: RowPlan,
+        queues: WeightGradientQueues | None,
+    ) -> Tensor:
+        weights = plan.pad_weights(probs)
+        padded = x.new_empty(plan.padded_rows, fc2.shape[1])
+        hidden = []
+        for group in plan.groups:
+            z = group.product(plan.rows_of(x, group), fc1.transpose(1, 2))
+            activated = swiglu_forward(z, weights[group.rows])
+            group.product(activated, fc2.transpose(1, 2), out=padded[group.rows])
+            hidden.append(z)
+        ctx.save_for_backward(x, weights, fc1, fc2, *hidden)
+        ctx.plan, ctx.queues = plan, queues
+        return plan.unpad(padded)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, weights, fc1, fc2, *hidden = ctx.saved_tensors
+        plan: RowPlan = ctx.plan
+        grad_y = grad_y.contiguous()
+        padded_x = x.new_empty(plan.padded_rows, x.shape[1])
+        padded_probs = torch.zeros_like(weights)
+        fc1_gradient, fc2_gradient = PendingWeightGradient(fc1), PendingWeightGradient(fc2)
+        delayed = ctx.queues is not None
+        grad_fc1 = None if delayed else torch.zeros_like(fc1)
+        grad_fc2 = None if delayed else torch.zeros_like(fc2)
+        for group, z in zip(plan.groups, hidden, strict=True):
+            rows, rows_grad = plan.rows_of(x, group), plan.rows_of(grad_y, group)
+            grad_activated = group.product(rows_grad, fc2)
+            grad_z, grad_p, activated = swiglu_backward(grad_activated, z, weights[group.rows])
+            group.product(grad_z, fc1, out=padded_x[group.rows])
+            padded_probs[group.rows] = grad_p
+            if grad_fc1 is None or grad_fc2 is None:
+                fc1_gradient.products.append((group, grad_z, rows))
+                fc2_gradient.products.append((group, rows_grad, activated))
+            else:
+                group.weight_gradient_(grad_z, rows, grad_fc1)
+                group.weight_gradient_(rows_grad, activated, grad_fc2)
+        if delayed:
+            ctx.queues[0].append(fc1_gradient)
+            ctx.queues[1].append(fc2_gradient)
+        return plan.unpad(padded_x), plan.unpad(padded_probs), grad_fc1, grad_fc2, None, None
+
+
+def grouped_swiglu_mlp(
+    x: Tensor,
+    probs: Tensor,
+    fc1: Tensor,
+    fc2: Tensor,
+    plan: RowPlan,
+    queues: WeightGradientQueues | None = None,
+) -> Tensor:
+    """Return every row's expert output times its routing probability.
+
+    Args:
+        x: [rows, hidden], sorted by expert.
+        probs: [rows] fp32 routing probability of each row.
+        fc1: [experts, 2 * ffn, hidden], gate rows before up rows.
+        fc2: [experts, hidden, ffn].
+        plan: which rows belong to which expert.
+        queues: where the weight gradients of fc1 and fc2 wait, or None to compute them in backward.
+
+    Returns:
+        [rows, hidden], dtype of ``x``.
+    """
+    return _GroupedSwiGLUMLP.apply(  # type: ignore[no-any-return]
+        x, probs, fc1, fc2, plan, queues
+    )

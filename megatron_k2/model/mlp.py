@@ -1,0 +1,47 @@
+"""Dense and shared-expert MLPs on the local path, with the one-pass SwiGLU of ``swiglu.py``.
+
+Everything but the activation is upstream's. Configurations with a bias, a clamp, another activation
+or a per-token scale take upstream's forward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from torch import Tensor
+
+from megatron_k2.model.swiglu import swiglu
+
+
+class K2MLP(MLP):
+    """MLP whose SwiGLU is one pass and saves only its input."""
+
+    def forward(
+        self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the MLP's output and bias, see ``MLP.forward``.
+
+        Args:
+            hidden_states: [sequence, batch, hidden], sharded as upstream's MLP.
+            per_token_scale: None, or a weight a token (then upstream's forward runs).
+        """
+        config = self.config
+        if (
+            per_token_scale is not None
+            or config.add_bias_linear
+            or config.activation_func is not F.silu
+            or not config.gated_linear_unit
+            or config.activation_func_clamp_value is not None
+            or config.glu_linear_offset != 0
+            or config.use_te_activation_func
+        ):
+            return super().forward(hidden_states, per_token_scale, **kwargs)
+        intermediate, _ = self.linear_fc1(hidden_states)
+        return self.linear_fc2(swiglu(intermediate))
+
+
+class K2SharedExpertMLP(SharedExpertMLP, K2MLP):
+    """SharedExpertMLP on ``K2MLP``: upstream's calls ``super().forward``, which is K2MLP's."""
