@@ -13,7 +13,12 @@ import numpy as np
 
 
 def read_windows(
-    prefix: Path, tokenizer_model: Path, sequence_length: int, seed: int, count: int | None
+    prefix: Path,
+    tokenizer_model: Path,
+    sequence_length: int,
+    seed: int,
+    cache: Path,
+    count: int | None,
 ) -> np.ndarray:
     """Return the first `count` windows that a run reads from `prefix.bin`, all when None.
 
@@ -22,6 +27,7 @@ def read_windows(
         tokenizer_model: sentencepiece model of the run (for its EOD id).
         sequence_length: --seq-length.
         seed: --seed.
+        cache: folder for upstream's index files.
         count: number of windows; more than one epoch repeats documents as training does.
 
     Returns:
@@ -44,6 +50,7 @@ def read_windows(
         eod_mask_loss=False,
         create_attention_mask=False,
         tokenizer=tokenizer,
+        path_to_cache=str(cache),
         mmap_bin_files=True,
     )
     low_level = GPTDataset.build_low_level_dataset(str(prefix), config)

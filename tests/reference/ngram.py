@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 
@@ -32,7 +33,7 @@ def unigram_loss(train: list[int], heldout: list[int], vocab_size: int) -> float
 
 def bigram_probs(train: list[list[int]], vocab_size: int) -> dict[int, dict[int, float]]:
     """Interpolated Kneser-Ney: p(token | previous) for every pair."""
-    pairs = Counter(pair for window in train for pair in zip(window[:-1], window[1:], strict=True))
+    pairs = Counter(pair for window in train for pair in itertools.pairwise(window))
     singles = sum(1 for count in pairs.values() if count == 1)
     doubles = sum(1 for count in pairs.values() if count == 2)
     discount = singles / (singles + 2 * doubles) if singles and doubles else 0.5
@@ -59,6 +60,6 @@ def bigram_loss(train: list[list[int]], heldout: list[list[int]], vocab_size: in
     losses = [
         -math.log(table[left][right])
         for window in heldout
-        for left, right in zip(window[:-1], window[1:], strict=True)
+        for left, right in itertools.pairwise(window)
     ]
     return sum(losses) / len(losses)

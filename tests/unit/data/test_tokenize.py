@@ -129,10 +129,10 @@ def assert_equal_to_upstream_tokenizer(folder: Path) -> None:
         assert dataset[row].tolist() == [*tokenizer.tokenize(text), tokenizer.eod]
 
 
-def test_windows_are_shuffled_pieces_of_the_documents_that_overlap_by_one(folder):
+def test_windows_are_shuffled_pieces_of_the_documents_that_overlap_by_one(folder, tmp_path):
     model = folder / "tokenizer.model"
-    windows = read_windows(folder / "heldout", model, 64, 1234, None)
-    again = read_windows(folder / "heldout", model, 64, 1234, 5)
+    windows = read_windows(folder / "heldout", model, 64, 1234, tmp_path, None)
+    again = read_windows(folder / "heldout", model, 64, 1234, tmp_path, 5)
     assert windows.shape[1] == 65
     assert (again == windows[:5]).all()
     starts = {tuple(row[:1]) for row in windows.tolist()}
