@@ -17,6 +17,7 @@ from megatron_k2.patches.megatron_core import (
     compile_helpers,
     k2_arguments,
     load_verified,
+    max_logit_log,
     save_files,
     save_guard,
 )
@@ -40,6 +41,7 @@ ALL_PATCHES: tuple[Patch, ...] = (
     *save_files.PATCHES,
     *save_guard.PATCHES,
     load_verified.PATCH,
+    max_logit_log.PATCH,
 )
 
 __all__ = ["ALL_PATCHES", "Patch", "PatchError"]

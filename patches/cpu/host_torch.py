@@ -2,7 +2,8 @@
 
 Instead of changing torch for the whole process, this patch gives every ``megatron.*`` module its
 own view of it: ``torch.cuda`` is the host's (``host_cuda.py``), a factory or ``torch.device`` asked
-for ``cuda`` answers with the CPU, and ``init_process_group`` drops ``device_id``. Modules imported
+for ``cuda`` answers with the CPU, ``init_process_group`` drops ``device_id`` and
+``all_to_all_single`` turns its split sizes into the Python ints gloo insists on. Modules imported
 later get the view too, through one import hook. Functions that upstream compiled at import
 (``jit_fuser`` is ``torch.compile``) run as written: no compiler is needed on the host, and its
 start-up is longer than a short run.
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 
+from megatron_k2.patches.cpu.host_collectives import all_gather, reduce_scatter
 from megatron_k2.patches.cpu.host_cuda import HOST, host_cuda
 from megatron_k2.patches.patch import Patch
 
@@ -86,10 +88,25 @@ def _host_distributed() -> types.ModuleType:
         """Initialise without binding the group to a CUDA device."""
         torch.distributed.init_process_group(*args, **kwargs)
 
+    def all_to_all_single(
+        output: torch.Tensor, input: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Exchange with split sizes as Python ints, which gloo insists on."""
+        for name in ("output_split_sizes", "input_split_sizes"):
+            if kwargs.get(name) is not None:
+                kwargs[name] = [int(size) for size in kwargs[name]]
+        return torch.distributed.all_to_all_single(output, input, *args, **kwargs)
+
     def __getattr__(name: str) -> Any:
         return getattr(torch.distributed, name)
 
-    view.__dict__.update(init_process_group=init_process_group, __getattr__=__getattr__)
+    view.__dict__.update(
+        init_process_group=init_process_group,
+        all_to_all_single=all_to_all_single,
+        all_gather=all_gather,
+        reduce_scatter=reduce_scatter,
+        __getattr__=__getattr__,
+    )
     return view
 
 

@@ -1,0 +1,64 @@
+"""The logged maximum attention logit, taken from K2's own record.
+
+Upstream's ``clip_qk`` reads Transformer Engine's rounded maxima, reaches through two wrappers that
+an fp32 model does not have, and reduces layer by layer. For a model of K2's core attention the
+value comes from the chunk's static buffer with one scalar reduction; other models, and clipping
+itself, go to the original.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron_k2.patches.patch import Patch
+
+
+def _replacement(original: Callable[..., float]) -> Any:
+    def clip_qk(model: list[torch.nn.Module], log_max_only: bool = False) -> float:
+        """Return the step's largest softmax input over all ranks, heads and layers; resets it.
+
+        Collective: all-reduce (MAX) of one scalar over the default group - every rank must call.
+        """
+        from megatron.core.utils import get_model_config
+
+        from megatron_k2.model.max_logit import bind_max_logit_buffer, reset_max_logits
+
+        records = getattr(get_model_config(model[0]), "k2_max_attention_logit", False)
+        if not (log_max_only and records):
+            return original(model, log_max_only=log_max_only)
+        device = next(model[0].parameters()).device
+        largest = torch.full((), -torch.inf, device=device)
+        for chunk in model:
+            buffer = bind_max_logit_buffer(chunk)
+            if buffer.numel():
+                largest = torch.maximum(largest, buffer.max())
+                reset_max_logits(chunk)
+        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+        return largest.item()
+
+    return clip_qk
+
+
+def _still_needed() -> bool:
+    """Upstream still reaches through exactly two wrappers."""
+    return "model_chunk.module.module.decoder" in inspect.getsource(PATCH.original())
+
+
+PATCH = Patch(
+    id="max-logit-log",
+    target="megatron.training.training:clip_qk",
+    replacement=_replacement,
+    distribution="megatron-core",
+    min_version="0.19.0",
+    max_version="0.19.2",
+    fingerprint="283de8583076",
+    why="upstream's log of the maximum logit fails without bf16 and without Transformer Engine",
+    upstream="megatron/core/optimizer/qk_clip.py:8",
+    remove_when="upstream reads maxima from any core attention",
+    still_needed=_still_needed,
+    importers=None,
+)
