@@ -68,6 +68,7 @@ def hf_config(preset: Preset) -> dict[str, Any]:
         rope_theta=float(values["rotary_base"]),
         rope_scaling=None,
         pad_token_id=None,
+        num_nextn_predict_layers=0,
     )
     if values["rope_type"] == "yarn" and values["rotary_scaling_factor"] != 1.0:
         yarn = {name: float(values[dest]) for name, dest in _YARN_NAMES.items()}
