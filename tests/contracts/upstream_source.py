@@ -25,7 +25,7 @@ def module_file(module: str) -> Path | None:
 
 @cache
 def names_of(module: str) -> frozenset[str]:
-    """Every name bound at the top level of an upstream module, in any branch, and its submodules."""
+    """Every name bound at the top level of an upstream module, in any branch; its submodules."""
     path = module_file(module)
     if path is None:
         return frozenset()

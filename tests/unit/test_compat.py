@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from megatron_k2 import compat
 
 
 @pytest.fixture(autouse=True)
-def fresh_answers():
+def fresh_answers() -> Iterator[None]:
     compat.optional.cache_clear()
     yield
     compat.optional.cache_clear()
@@ -27,7 +28,7 @@ def install(folder: Path, distribution: str, version: str, files: dict[str, str]
 
 
 @pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder at the head of the path; modules imported from it are forgotten afterwards."""
     before = set(sys.modules)
     monkeypatch.syspath_prepend(str(tmp_path))

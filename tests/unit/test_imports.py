@@ -92,7 +92,7 @@ def test_only_registration_imports_patches() -> None:
 
 
 def test_only_compat_reads_versions_and_optional_packages() -> None:
-    # te_* modules are the Transformer Engine leaves: they import it once compat has found it usable.
+    # te_* modules are the Transformer Engine leaves, imported once compat has found it usable.
     te_leaves = {name for name, _ in modules() if name.split(".")[-1].startswith("te_")}
     assert offenders(VERSION_READERS, {"compat"}) == []
     assert offenders(OPTIONAL_PACKAGES, {"compat", *te_leaves}) == []

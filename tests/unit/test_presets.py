@@ -199,7 +199,7 @@ def test_every_field_names_its_source(name: str) -> None:
 
 @pytest.mark.parametrize("name", list_presets())
 def test_the_scaling_factor_follows_the_published_rule(name: str) -> None:
-    """ML figure 6: mean over normal logits of 1 / sqrt(sum p^2), p the normalised top-k sigmoids."""
+    """ML figure 6: mean over normal logits of 1/sqrt(sum p^2), p the normalised top-k sigmoids."""
     preset = load_preset(name)
     num_experts = int(str(preset.value("num_experts")))
     topk = int(str(preset.value("moe_router_topk")))
