@@ -1,9 +1,10 @@
 """Upstream's all-to-all token dispatcher with row moves that are fast on a CPU.
 
 Only the local moves differ (``permutation.py``); counts, splits and the exchange over expert
-parallel ranks are upstream's. One rank makes no second sort. gloo wants split sizes as Python ints,
-and has no uneven all-gather or reduce-scatter: over expert tensor parallelism both are an
-all-to-all here, whose gradient is the other one. Capacity with padding takes upstream's path.
+parallel ranks are upstream's. A single rank moves nothing: its experts read tokens and sum results
+through the permutation. gloo wants split sizes as Python ints, and has no uneven all-gather or
+reduce-scatter: over expert tensor parallelism both are an all-to-all here, whose gradient is the
+other one. Capacity with padding takes upstream's path.
 """
 
 from __future__ import annotations
@@ -19,7 +20,18 @@ from megatron_k2.model.permutation import ChunkOrder, TokenPermutation
 
 
 class K2AlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
-    """MoEAlltoAllTokenDispatcher for tensors in host memory."""
+    """MoEAlltoAllTokenDispatcher for tensors in host memory.
+
+    Attributes:
+        permutation: order of this forward's (token, expert) pairs; set by ``dispatch_preprocess``.
+    """
+
+    permutation: TokenPermutation
+
+    @property
+    def is_single_rank(self) -> bool:
+        """Whether all experts are on this rank, whole: then tokens stay in token order."""
+        return self.ep_size * self.tp_size == 1 and not self.drop_and_pad
 
     def dispatch_preprocess(
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
@@ -32,7 +44,7 @@ class K2AlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
             probs: [tokens, experts] routing probabilities, zero where not routed.
 
         Returns:
-            rows [pairs, hidden] and their probabilities [pairs].
+            rows [pairs, hidden] (a single rank: tokens [tokens, hidden]), probabilities [pairs].
 
         Collective: all-gather of counts over the expert tensor and model parallel group.
         """
@@ -47,7 +59,9 @@ class K2AlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         if self.shared_experts is not None:
             self.shared_experts.pre_forward_comm(hidden_states)
         self.permutation = TokenPermutation(routing_map)
-        rows = self.permutation.scatter_rows(hidden_states.reshape(-1, self.hidden_shape[-1]))
+        rows = hidden_states.reshape(-1, self.hidden_shape[-1])
+        if not self.is_single_rank:
+            rows = self.permutation.scatter_rows(rows)
         return rows, probs.reshape(-1).index_select(0, self.permutation.pairs)
 
     def dispatch_postprocess(
@@ -97,7 +111,10 @@ class K2AlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         """Sum the copies of each token and restore [sequence / TP, batch, hidden]."""
         if self.drop_and_pad:
             return super().combine_postprocess(permutated_local_input_tokens)
-        output = self.permutation.sum_rows(permutated_local_input_tokens).view(self.hidden_shape)
+        output = permutated_local_input_tokens
+        if not self.is_single_rank:
+            output = self.permutation.sum_rows(output)
+        output = output.view(self.hidden_shape)
         if self.shared_experts is not None:
             output = output + self.shared_experts.get_output()
         return output

@@ -1,246 +1,22 @@
 """Routed experts without Transformer Engine: upstream's grouped MLP on our grouped GEMM.
 
-``K2GroupedMLP`` is a ``TEGroupedMLP`` whose two layers are ``K2GroupedLinear``: one parameter
-[local experts, out, in] each, the layout that upstream calls a single grouped weight. Its sharded
-state dict has the keys, global shapes and offsets of ``TEGroupedMLP`` and ``SequentialMLP``
-(``experts.experts.linear_fc1.weight``, the expert axis in front), so that a checkpoint begun on a
-CPU resumes on CUDA and the other way round. Expert tensor parallelism cuts the ffn dimension, gate
-and up alike. Weight gradients wait for ``backward_dw`` under ``--delay-wgrad-compute``. Refused,
-not ignored: biases, FP8, activations other than SwiGLU, latent MoE.
+``K2GroupedMLP`` is a ``TEGroupedMLP`` whose two layers are ``K2GroupedLinear``; construction, state
+dict and ``backward_dw`` are upstream's, the forward is ``grouped_mlp.py``. What it would compute
+wrongly is refused: activations other than SwiGLU, FP8, latent MoE, probabilities on the input.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable
-from typing import Any
-
-import torch
 import torch.nn.functional as F
-from megatron.core import tensor_parallel
-from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensorFactory
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import layers as upstream_layers
-from megatron.core.tensor_parallel.random import get_expert_parallel_rng_tracker_name
 from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from torch import Tensor
 
 from megatron_k2.model.grouped_gemm import plan_rows
-from megatron_k2.model.grouped_mlp import PendingWeightGradient, grouped_swiglu_mlp
-
-Offsets = tuple[tuple[int, int, int], ...]
-
-
-class K2GroupedLinear(torch.nn.Module):
-    """The weights of one layer of all local experts.
-
-    Attributes:
-        weight: [local experts, out, in], cut over expert tensor parallelism along ``partition_dim``
-            (1: output, 2: input).
-        pending: weight gradients that wait for ``backward_dw``.
-    """
-
-    partition_dim: int
-    stride = 1
-
-    def __init__(
-        self,
-        num_local_experts: int,
-        input_size: int,
-        output_size: int,
-        *,
-        config: TransformerConfig,
-        init_method: Callable[[Tensor], None],
-        bias: bool,
-        pg_collection: ProcessGroupCollection,
-        **unused: Any,
-    ) -> None:
-        """Allocate and initialise; arguments as upstream's ``GroupedLinearFc1Builder``.
-
-        Raises:
-            ValueError: a bias is asked for, or the size is not divisible by the expert tensor
-                parallel size.
-        """
-        super().__init__()
-        if bias:
-            raise ValueError("--add-bias-linear: experts have no bias; use --disable-bias-linear")
-        self.config, self.num_local_experts = config, num_local_experts
-        self.ep_group, self.expt_dp_group = pg_collection.ep, pg_collection.expt_dp
-        self.tp_group = pg_collection.expt_tp
-        shape = [num_local_experts, output_size, input_size]
-        self._global_shape = tuple(shape[1:])
-        if shape[self.partition_dim] % (self.stride * self.tp_group.size()):
-            raise ValueError(
-                f"--expert-tensor-parallel-size {self.tp_group.size()} must divide "
-                f"--moe-ffn-hidden-size {shape[self.partition_dim] // self.stride}"
-            )
-        shape[self.partition_dim] //= self.tp_group.size()
-        # Upstream's own layers ask the same name: under the CPU device layer it is the CPU.
-        # With use_cpu_initialization the default device holds, so that ``torch.device("meta")`` does.
-        device = (
-            None if config.use_cpu_initialization else upstream_layers.torch.cuda.current_device()
-        )
-        self.weight = torch.nn.Parameter(
-            torch.empty(shape, device=device, dtype=config.params_dtype)
-        )
-        self._mark_weight()
-        if config.perform_initialization:
-            self._initialize(init_method)
-        self.pending: deque[PendingWeightGradient] = deque()
-        self._grad_hooks: list[Callable[[], None]] = []
-        self._register_load_state_dict_pre_hook(self._read_upstream_layout)
-
-    def _mark_weight(self) -> None:
-        """Set the attributes by which upstream finds process groups, shards and gradient hooks."""
-        config = self.config
-        own_groups = (
-            config.expert_model_parallel_size > 1
-            or config.expert_tensor_parallel_size != config.tensor_model_parallel_size
-        )
-        self.weight.allreduce = not own_groups
-        upstream_layers.set_tensor_model_parallel_attributes(
-            self.weight, is_parallel=True, dim=self.partition_dim, stride=self.stride
-        )
-        if config.delay_wgrad_compute:
-            self.weight.skip_backward_post_hook = True
-
-    @torch.no_grad()
-    def _initialize(self, init_method: Callable[[Tensor], None]) -> None:
-        """Initialise expert by expert.
-
-        With ``use_cpu_initialization`` every rank draws all experts of the model and keeps its own
-        part, so that the weights do not depend on the layout (upstream's local experts begin equal
-        on all expert-parallel ranks). Otherwise the expert-parallel generator is used, as upstream.
-        """
-        if not self.config.use_cpu_initialization:
-            with tensor_parallel.get_cuda_rng_tracker().fork(
-                get_expert_parallel_rng_tracker_name()
-            ):
-                for expert in self.weight:
-                    init_method(expert)
-            return
-        first = self.ep_group.rank() * self.num_local_experts
-        master = torch.empty(self._global_shape)
-        for index in range(self.num_local_experts * self.ep_group.size()):
-            init_method(master)
-            if first <= index < first + self.num_local_experts:
-                self.weight[index - first].copy_(self._local_part(master))
-
-    def _local_part(self, whole: Tensor) -> Tensor:
-        """Return this rank's shard of one expert's whole matrix [out, in]."""
-        dim, rank, size = self.partition_dim - 1, self.tp_group.rank(), self.tp_group.size()
-        return torch.cat(
-            [part.chunk(size, dim)[rank] for part in whole.chunk(self.stride, dim)], dim
-        )
-
-    def _read_upstream_layout(
-        self, state_dict: dict[str, Any], prefix: str, *unused: object
-    ) -> None:
-        """Accept ``weight0 .. weightN`` for ``weight`` and drop TE's extra states."""
-        names = [f"{prefix}weight{index}" for index in range(self.num_local_experts)]
-        if all(name in state_dict for name in names):
-            state_dict[f"{prefix}weight"] = torch.stack([state_dict.pop(name) for name in names])
-        for name in [name for name in state_dict if name.startswith(f"{prefix}_extra_state")]:
-            del state_dict[name]
-
-    def backward_dw(self) -> None:
-        """Compute the oldest waiting weight gradient and hand it to DDP's hooks.
-
-        Raises:
-            RuntimeError: no backward pass has run, or DDP was built without
-                ``delay_wgrad_compute`` and would lose the gradient.
-        """
-        if not (self.config.delay_wgrad_compute and self.weight.requires_grad):
-            return
-        if not self.pending:
-            raise RuntimeError(f"{self}: backward_dw before any backward pass")
-        if hasattr(self.weight, "main_grad") and not self._grad_hooks:
-            raise RuntimeError(
-                f"{self}: DistributedDataParallelConfig.delay_wgrad_compute is False while the "
-                "model's is True; the delayed gradient would be lost"
-            )
-        gradient = self.pending.popleft().compute()
-        self.weight.grad = gradient if self.weight.grad is None else self.weight.grad + gradient
-        for hook in self._grad_hooks:
-            hook()
-
-    def register_wgrad_accumulation_and_reduce_hooks(self, hook: Callable[[], None]) -> None:
-        """Take what DDP wants called once the weight gradient exists."""
-        self._grad_hooks.append(hook)
-
-    def sharded_state_dict(
-        self,
-        prefix: str = "",
-        sharded_offsets: Offsets = (),
-        metadata: dict[str, Any] | None = None,
-    ) -> ShardedStateDict:
-        """Return ``weight`` as one sharded tensor over experts, plus upstream's empty extra states.
-
-        Raises:
-            ValueError: one key per expert is asked for (``singleton_local_shards``), which
-                upstream uses with Megatron-FSDP only.
-        """
-        if (metadata or {}).get("singleton_local_shards"):
-            raise ValueError("singleton_local_shards: K2GroupedLinear stores experts in one tensor")
-        key = f"{prefix}weight"
-        state: ShardedStateDict = {key: self._sharded_weight(key, tuple(sharded_offsets))}
-        count, ep_rank = self.num_local_experts, self.ep_group.rank()
-        replica = (0, self.tp_group.rank(), self.expt_dp_group.rank())
-        for index in range(count):
-            expert = (len(sharded_offsets), ep_rank * count + index, self.ep_group.size() * count)
-            state[f"{prefix}_extra_state{index or ''}"] = make_sharded_object_for_checkpoint(
-                None, f"{prefix}_extra_state", (*sharded_offsets, expert), replica_id=replica
-            )
-        return state
-
-    def _sharded_weight(self, key: str, offsets: Offsets) -> ShardedTensor | ShardedTensorFactory:
-        """Return the weight over (experts, out, in); with a stride, its parts one by one."""
-        replica = (0, 0, self.expt_dp_group.rank())
-        axis, stride = len(offsets), self.stride
-        tp_rank, tp_size = self.tp_group.rank(), self.tp_group.size()
-        experts = (axis, self.ep_group.rank(), self.ep_group.size())
-
-        def shard(key: str, tensor: Tensor, part: int, replica_id: Any) -> ShardedTensor:
-            cut = (axis + self.partition_dim, tp_rank + part * tp_size, tp_size * stride)
-            return ShardedTensor.from_rank_offsets(
-                key, tensor, *offsets, experts, cut, replica_id=replica_id, prepend_axis_num=axis
-            )
-
-        @torch.no_grad()
-        def split(key: str, tensor: Tensor, replica_id: Any, flattened_range: Any) -> list[Any]:
-            parts = tensor.chunk(stride, self.partition_dim)
-            return [shard(key, part, index, replica_id) for index, part in enumerate(parts)]
-
-        @torch.no_grad()
-        def join(parts: Iterable[Tensor]) -> Tensor:
-            return torch.cat(list(parts), self.partition_dim)
-
-        if stride == 1:
-            return shard(key, self.weight, 0, replica)
-        return ShardedTensorFactory(key, self.weight, split, join, replica)
-
-    def get_extra_state(self) -> None:
-        """Keep the state dict of upstream's layers, which have an (empty) extra state."""
-        return None
-
-    def set_extra_state(self, state: Any) -> None:
-        """Ignore extra state."""
-
-
-class K2ColumnGroupedLinear(K2GroupedLinear):
-    """fc1 of SwiGLU experts: gate rows, then up rows, each cut over expert tensor parallelism."""
-
-    partition_dim = 1
-    stride = 2
-
-
-class K2RowGroupedLinear(K2GroupedLinear):
-    """fc2 of the experts: input cut over expert tensor parallelism, output a partial sum."""
-
-    partition_dim = 2
+from megatron_k2.model.grouped_linear import K2ColumnGroupedLinear, K2RowGroupedLinear
+from megatron_k2.model.grouped_mlp import grouped_swiglu_mlp
+from megatron_k2.model.permutation import TokenPermutation
 
 
 class K2GroupedMLP(TEGroupedMLP):
@@ -270,6 +46,7 @@ class K2GroupedMLP(TEGroupedMLP):
         permuted_local_hidden_states: Tensor,
         tokens_per_expert: Tensor,
         permuted_probs: Tensor,
+        permutation: TokenPermutation | None = None,
     ) -> tuple[Tensor, None]:
         """Return each row's expert output times its probability.
 
@@ -277,12 +54,14 @@ class K2GroupedMLP(TEGroupedMLP):
             permuted_local_hidden_states: [rows, hidden], sorted by local expert.
             tokens_per_expert: [local experts] integers; experts may be empty.
             permuted_probs: [rows] routing probabilities.
+            permutation: if given, the states are [tokens, hidden] in token order and so is the
+                result, summed over each token's experts.
 
         Returns:
             [rows, hidden] (a partial sum over expert tensor parallelism), and no bias.
         """
         fc1, fc2 = self.linear_fc1, self.linear_fc2
-        plan = plan_rows(tokens_per_expert.tolist(), permuted_local_hidden_states)
+        plan = plan_rows(tokens_per_expert.tolist(), permuted_local_hidden_states, permutation)
         queues = (fc1.pending, fc2.pending) if self.config.delay_wgrad_compute else None
         output = grouped_swiglu_mlp(
             permuted_local_hidden_states, permuted_probs, fc1.weight, fc2.weight, plan, queues

@@ -17,6 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron_k2.model.permutation import TokenPermutation
+
 ROW_MULTIPLE = 32
 """Bucket heights are multiples of this: measured best of 16, 32 and 64 (see the module's text)."""
 
@@ -90,12 +92,19 @@ class ExpertBuckets:
         padded_rows: rows after padding.
     """
 
-    def __init__(self, rows_per_expert: Sequence[int], device: torch.device) -> None:
+    def __init__(
+        self,
+        rows_per_expert: Sequence[int],
+        device: torch.device,
+        permutation: TokenPermutation | None = None,
+    ) -> None:
         """Plan the buckets.
 
         Args:
             rows_per_expert: rows of each local expert, in expert order.
             device: where the index tensors live.
+            permutation: None if the rows lie in expert order; else they lie in token order, are
+                read through it, and the results of a token's rows are summed.
         """
         counts = torch.tensor(rows_per_expert, dtype=torch.int64)
         num_rows = int(counts.sum())
@@ -116,19 +125,29 @@ class ExpertBuckets:
         source[target] = torch.arange(num_rows)
         is_row = torch.zeros(self.padded_rows)
         is_row[target] = 1.0
-        self._source, self._target = source.to(device), target.to(device)
+        self._pair_source, self._target = source.to(device), target.to(device)
         self._is_row = is_row.to(device)
+        self._permutation, self._source = permutation, self._pair_source
+        if permutation is not None:
+            self._source = permutation.tokens[self._pair_source]
 
     def rows_of(self, x: Tensor, group: RowGroup) -> Tensor:
-        """Copy a group's rows of ``x`` [num_rows, width]; padding repeats row 0 (weigh it zero)."""
+        """Copy a group's rows of ``x``; padding repeats some row (weigh it zero)."""
         return x.index_select(0, self._source[group.rows])
 
-    def pad_weights(self, weights: Tensor) -> Tensor:
-        """Return ``weights`` [num_rows] in the padded layout, zero on padding."""
-        return weights.index_select(0, self._source).mul_(self._is_row)
+    def collect(self, padded: Tensor) -> Tensor:
+        """Return [padded rows, width] in the order of the input: copied, or summed by token."""
+        if self._permutation is None:
+            return padded.index_select(0, self._target)
+        rows = self._target.index_select(0, self._permutation.rows_by_token)
+        return self._permutation.sum_at(padded, rows)
 
-    def unpad(self, padded: Tensor) -> Tensor:
-        """Copy [padded rows, ...] back to [num_rows, ...] in expert order."""
+    def pad_weights(self, weights: Tensor) -> Tensor:
+        """Return ``weights`` [rows in expert order] in the padded layout, zero on padding."""
+        return weights.index_select(0, self._pair_source).mul_(self._is_row)
+
+    def unpad_weights(self, padded: Tensor) -> Tensor:
+        """Undo ``pad_weights``."""
         return padded.index_select(0, self._target)
 
 
@@ -163,25 +182,26 @@ class ExpertSegments:
         """Return ``x`` itself: nothing is padded."""
         return x
 
-    def pad_weights(self, weights: Tensor) -> Tensor:
-        """Return ``weights`` itself."""
-        return weights
-
-    def unpad(self, padded: Tensor) -> Tensor:
+    def collect(self, padded: Tensor) -> Tensor:
         """Return ``padded`` itself."""
         return padded
+
+    pad_weights = unpad_weights = collect
 
 
 RowPlan = ExpertBuckets | ExpertSegments
 
 
-def plan_rows(rows_per_expert: Sequence[int], like: Tensor) -> RowPlan:
-    """Choose how to multiply rows like ``like`` [num_rows, width], by device and dtype.
+def plan_rows(
+    rows_per_expert: Sequence[int], like: Tensor, permutation: TokenPermutation | None = None
+) -> RowPlan:
+    """Choose how to multiply rows like ``like`` [rows, width], by device and dtype.
 
     Args:
         rows_per_expert: rows of each local expert; experts may be empty.
         like: tells device and dtype.
+        permutation: see ``ExpertBuckets``.
     """
-    if like.device.type == "cuda" and like.dtype == torch.bfloat16:
+    if like.device.type == "cuda" and like.dtype == torch.bfloat16 and permutation is None:
         return ExpertSegments(rows_per_expert, like.device)
-    return ExpertBuckets(rows_per_expert, like.device)
+    return ExpertBuckets(rows_per_expert, like.device, permutation)

@@ -58,30 +58,33 @@ class _GroupedSwiGLUMLP(torch.autograd.Function):
     ) -> Tensor:
         weights = plan.pad_weights(probs)
         padded = x.new_empty(plan.padded_rows, fc2.shape[1])
-        hidden = []
+        inputs, hidden = [], []
         for group in plan.groups:
-            z = group.product(plan.rows_of(x, group), fc1.transpose(1, 2))
+            rows = plan.rows_of(x, group)
+            z = group.product(rows, fc1.transpose(1, 2))
             activated = swiglu_forward(z, weights[group.rows])
             group.product(activated, fc2.transpose(1, 2), out=padded[group.rows])
+            inputs.append(rows)
             hidden.append(z)
-        ctx.save_for_backward(x, weights, fc1, fc2, *hidden)
+        ctx.save_for_backward(weights, fc1, fc2, *inputs, *hidden)
         ctx.plan, ctx.queues = plan, queues
-        return plan.unpad(padded)
+        return plan.collect(padded)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, weights, fc1, fc2, *hidden = ctx.saved_tensors
+        weights, fc1, fc2, *saved = ctx.saved_tensors
         plan: RowPlan = ctx.plan
         grad_y = grad_y.contiguous()
-        padded_x = x.new_empty(plan.padded_rows, x.shape[1])
+        padded_x = grad_y.new_empty(plan.padded_rows, fc1.shape[2])
+        inputs, hidden = saved[: len(plan.groups)], saved[len(plan.groups) :]
         padded_probs = torch.zeros_like(weights)
         fc1_gradient, fc2_gradient = PendingWeightGradient(fc1), PendingWeightGradient(fc2)
         delayed = ctx.queues is not None
         grad_fc1 = None if delayed else torch.zeros_like(fc1)
         grad_fc2 = None if delayed else torch.zeros_like(fc2)
-        for group, z in zip(plan.groups, hidden, strict=True):
-            rows, rows_grad = plan.rows_of(x, group), plan.rows_of(grad_y, group)
+        for group, rows, z in zip(plan.groups, inputs, hidden, strict=True):
+            rows_grad = plan.rows_of(grad_y, group)
             grad_activated = group.product(rows_grad, fc2)
             grad_z, grad_p, activated = swiglu_backward(grad_activated, z, weights[group.rows])
             group.product(grad_z, fc1, out=padded_x[group.rows])
@@ -95,7 +98,8 @@ class _GroupedSwiGLUMLP(torch.autograd.Function):
         if delayed:
             ctx.queues[0].append(fc1_gradient)
             ctx.queues[1].append(fc2_gradient)
-        return plan.unpad(padded_x), plan.unpad(padded_probs), grad_fc1, grad_fc2, None, None
+        grad_probs = plan.unpad_weights(padded_probs)
+        return plan.collect(padded_x), grad_probs, grad_fc1, grad_fc2, None, None
 
 
 def grouped_swiglu_mlp(
@@ -109,15 +113,15 @@ def grouped_swiglu_mlp(
     """Return every row's expert output times its routing probability.
 
     Args:
-        x: [rows, hidden], sorted by expert.
-        probs: [rows] fp32 routing probability of each row.
+        x: [rows, hidden] sorted by expert, or [tokens, hidden] if the plan has a permutation.
+        probs: [rows] fp32 routing probability of each row, in expert order.
         fc1: [experts, 2 * ffn, hidden], gate rows before up rows.
         fc2: [experts, hidden, ffn].
         plan: which rows belong to which expert.
         queues: where the weight gradients of fc1 and fc2 wait, or None to compute them in backward.
 
     Returns:
-        [rows, hidden], dtype of ``x``.
+        shape and dtype of ``x``; with a permutation, the sum over each token's experts.
     """
     return _GroupedSwiGLUMLP.apply(  # type: ignore[no-any-return]
         x, probs, fc1, fc2, plan, queues

@@ -18,6 +18,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import MlpBuilder
+from torch import Tensor
 
 from megatron_k2.model.dispatcher import K2AlltoAllTokenDispatcher
 from megatron_k2.model.experts import K2GroupedMLP
@@ -49,6 +50,20 @@ class K2MoELayer(MoELayer):
             )
             if self.use_shared_expert and self.shared_expert_overlap:
                 self.token_dispatcher.set_shared_experts(self.shared_experts)
+
+    def routed_experts_compute(
+        self, hidden_states: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the routed experts' output, see ``MoELayer.routed_experts_compute``.
+
+        A single rank hands tokens to the experts in token order, with the permutation.
+        """
+        dispatcher = self.token_dispatcher
+        if not (isinstance(dispatcher, K2AlltoAllTokenDispatcher) and dispatcher.is_single_rank):
+            return super().routed_experts_compute(hidden_states, probs)
+        rows, counts, probs = dispatcher.dispatch_postprocess(hidden_states, probs)
+        output, bias = self.experts(rows, counts, probs, dispatcher.permutation)
+        return dispatcher.combine_preprocess(output), bias
 
 
 def _local_mlp_submodules() -> MLPSubmodules:

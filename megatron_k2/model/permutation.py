@@ -1,9 +1,9 @@
 """Moving token rows into expert order and back, on a CPU.
 
-Upstream sorts a [tokens x experts] mask, gathers with ``index_select``, whose backward adds rows one
-by one, and returns with ``scatter_add``. Here the two directions are each other's gradient: a gather
-of rows, and ``embedding_bag``, which sums the copies of a token in one pass with an fp32 sum. Both
-are deterministic. The orders are upstream's: tokens of an expert in token order. No Megatron import.
+Upstream sorts a [tokens x experts] mask, gathers with ``index_select``, whose backward adds row by
+row, and returns with ``scatter_add``. Here the two directions are each other's gradient: a gather
+of rows, and ``embedding_bag``, which sums the copies of a token in one pass, in fp32. Both are
+deterministic. The order is upstream's: the tokens of an expert in token order. No Megatron import.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ class TokenPermutation:
     """The order of (token, expert) pairs by expert, and the way back.
 
     Attributes:
+        num_tokens: tokens, T.
         tokens: [pairs] int64, the token of each pair, sorted by expert, then token.
         pairs: [pairs] int64, index of each pair in the flattened [tokens, experts] mask.
+        rows_by_token: [pairs] int64, positions of the pairs in expert order, token after token.
+        first_row: [T] int64, where each token's part of ``rows_by_token`` begins.
     """
 
     def __init__(self, routing_map: Tensor) -> None:
@@ -30,12 +33,12 @@ class TokenPermutation:
         experts = by_expert.div(num_tokens, rounding_mode="floor")
         self.tokens = by_expert - experts * num_tokens
         self.pairs = self.tokens * num_experts + experts
-        self._num_tokens = num_tokens
+        self.num_tokens = num_tokens
         rank = torch.empty(routing_map.numel(), dtype=torch.int64, device=routing_map.device)
         rank[self.pairs] = torch.arange(self.pairs.numel(), device=routing_map.device)
-        self._rows_by_token = rank[routing_map.view(-1)]
+        self.rows_by_token = rank[routing_map.view(-1)]
         copies = routing_map.sum(dim=1)
-        self._first_row = copies.cumsum(0) - copies
+        self.first_row = copies.cumsum(0) - copies
 
     def scatter_rows(self, x: Tensor) -> Tensor:
         """Copy each token's row to each of its pairs.
@@ -59,35 +62,34 @@ class TokenPermutation:
         """
         return _SumRows.apply(y, self)  # type: ignore[no-any-return]
 
-    def _copy(self, x: Tensor) -> Tensor:
-        return x.index_select(0, self.tokens)
-
-    def _sum(self, y: Tensor) -> Tensor:
-        if not self.tokens.numel():
-            return y.new_zeros(self._num_tokens, y.shape[1])
-        return F.embedding_bag(self._rows_by_token, y, self._first_row, mode="sum")
+    def sum_at(self, y: Tensor, rows_by_token: Tensor) -> Tensor:
+        """Sum rows of ``y`` found at ``rows_by_token`` for each token, without a graph."""
+        if not rows_by_token.numel():
+            return y.new_zeros(self.num_tokens, y.shape[1])
+        return F.embedding_bag(rows_by_token, y, self.first_row, mode="sum")
 
 
 class _ScatterRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, permutation: TokenPermutation) -> Tensor:
         ctx.permutation = permutation
-        return permutation._copy(x)
+        return x.index_select(0, permutation.tokens)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.permutation._sum(grads[0].contiguous()), None
+        permutation = ctx.permutation
+        return permutation.sum_at(grads[0].contiguous(), permutation.rows_by_token), None
 
 
 class _SumRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, permutation: TokenPermutation) -> Tensor:
         ctx.permutation = permutation
-        return permutation._sum(y)
+        return permutation.sum_at(y, permutation.rows_by_token)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.permutation._copy(grads[0].contiguous()), None
+        return grads[0].contiguous().index_select(0, ctx.permutation.tokens), None
 
 
 class _ReorderRows(torch.autograd.Function):
