@@ -26,10 +26,10 @@ from megatron.core.transformer.moe.router_replay import RouterReplayAction
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import unwrap_model
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
-from megatron_k2.model.specs import get_k2_decoder_block_spec
 
 from megatron_k2 import parallel
 from megatron_k2.model.config import K2TransformerConfig
+from megatron_k2.model.specs import get_k2_decoder_block_spec
 from megatron_k2.presets import load_preset
 
 SEED = 1234
@@ -59,6 +59,7 @@ class Run:
     """File of recorded top-k indices, replayed when ``record`` is False."""
     record: bool = False
     num_steps: int = 10
+    learning_rate: float = 1e-3
     bf16: bool = False
     use_distributed_optimizer: bool = False
     microbatch_order: tuple[int, ...] = tuple(range(NUM_MICROBATCHES))
@@ -122,7 +123,7 @@ def build(run: Run, groups: Any, **overrides: Any) -> tuple[list[Any], Any]:
     )
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
-            optimizer="adam", lr=1e-3, weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95,
+            optimizer="adam", lr=run.learning_rate, weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95,
             clip_grad=1e6,  # never reached: the norm is computed, no gradient is scaled by it
             bf16=run.bf16, params_dtype=dtype,
             use_distributed_optimizer=run.use_distributed_optimizer,
@@ -147,6 +148,7 @@ def load_or_save_initial(run: Run, model: list[Any], optimizer: Any) -> None:
     if run.save_initial:
         os.makedirs(run.checkpoint, exist_ok=True)
         dist_checkpointing.save(whole, run.checkpoint)
+        return
     loaded = dist_checkpointing.load(whole, run.checkpoint)
     for index, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded[f"model{index}"], strict=True)
