@@ -15,6 +15,8 @@ from megatron_k2.patches.megatron_core import (
     async_result_queue,
     chained_optimizer_count,
     compile_helpers,
+    expert_balance_log,
+    expert_bias_rule,
     k2_arguments,
     load_verified,
     max_logit_log,
@@ -42,6 +44,8 @@ ALL_PATCHES: tuple[Patch, ...] = (
     *save_guard.PATCHES,
     load_verified.PATCH,
     max_logit_log.PATCH,
+    expert_bias_rule.PATCH,
+    expert_balance_log.PATCH,
 )
 
 __all__ = ["ALL_PATCHES", "Patch", "PatchError"]
