@@ -10,6 +10,7 @@ and read by all ranks. Pure file work: no torch, no Megatron, no process group.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -172,8 +173,12 @@ def forget_replaced(directory: str | Path) -> None:
 
 
 def discard(directory: str | Path) -> None:
-    """Remove what a failed save left, so that it neither fills the disk nor looks like one."""
-    (Path(directory) / _CONFIG).unlink(missing_ok=True)
+    """Remove as much as possible of what a failed save left: it fills the disk for the next.
+
+    ``metadata.json`` goes first, so that what cannot be removed looks interrupted, not finished.
+    """
+    with contextlib.suppress(OSError):
+        (Path(directory) / _CONFIG).unlink()
     shutil.rmtree(directory, ignore_errors=True)
 
 

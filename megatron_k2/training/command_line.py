@@ -18,6 +18,8 @@ def run_as_command(main: Callable[[], Any]) -> int:
     """
     import megatron_k2
     from megatron_k2.arguments import UsageError
+    from megatron_k2.checkpoint.intact import DamagedCheckpointError
+    from megatron_k2.checkpoint.save_outcome import exit_code_of_last_save
 
     rank = os.environ.get("RANK", "0")
     try:
@@ -25,8 +27,9 @@ def run_as_command(main: Callable[[], Any]) -> int:
     except (ImportError, ValueError) as error:
         return _refuse(rank, error)
     try:
-        main()
-    except UsageError as error:
+        with exit_code_of_last_save():
+            main()
+    except (UsageError, DamagedCheckpointError) as error:
         return _refuse(rank, error)
     return 0
 

@@ -10,6 +10,9 @@ file that survives ``kill -9``. Run as ``python -m tests.distributed.trainings A
 from __future__ import annotations
 
 import contextlib
+import faulthandler
+import importlib
+import inspect
 import os
 import select
 import signal
@@ -25,11 +28,38 @@ from typing import Any
 START_TIMEOUT_S = 180
 # A model of seconds: one dense and one MoE layer, fp32, no dropout, losses on every step.
 ARGUMENTS = tuple(
-    "--k2-device cpu --k2-preset k2-micro --k2-precision fp32 --mock-data --tokenizer-type "
-    "NullTokenizer --vocab-size 1023 --use-distributed-optimizer --micro-batch-size 1 "
-    "--global-batch-size 4 --seq-length 32 --lr 1e-3 --log-interval 1 --eval-iters 0 "
-    "--eval-interval 100000 --num-workers 0 --dist-ckpt-optim-fully-reshardable "
-    "--no-k2-max-attention-logit".split()
+    [
+        "--k2-device",
+        "cpu",
+        "--k2-preset",
+        "k2-micro",
+        "--k2-precision",
+        "fp32",
+        "--mock-data",
+        "--tokenizer-type",
+        "NullTokenizer",
+        "--vocab-size",
+        "1023",
+        "--use-distributed-optimizer",
+        "--micro-batch-size",
+        "1",
+        "--global-batch-size",
+        "4",
+        "--seq-length",
+        "32",
+        "--lr",
+        "1e-3",
+        "--log-interval",
+        "1",
+        "--eval-iters",
+        "0",
+        "--eval-interval",
+        "100000",
+        "--num-workers",
+        "0",
+        "--dist-ckpt-optim-fully-reshardable",
+        "--no-k2-max-attention-logit",
+    ]
 )
 
 
@@ -52,6 +82,8 @@ class Training:
         for watched in self._watched:
             left = max(0.0, deadline - time.monotonic())
             if not select.select([watched], [], [], left)[0]:
+                self.kill(signal.SIGUSR1)  # stacks
+                time.sleep(0.5)
                 self.kill()
                 raise TimeoutError(f"no end within {timeout_s} s\n{self.output()}")
             os.close(watched)
@@ -145,9 +177,8 @@ def serve(address: str) -> None:
     import megatron_k2
 
     megatron_k2.register("cpu")
-    import megatron.training
-    import megatron_k2.model.specs
-    import megatron_k2.training.pretrain  # noqa: F401
+    for module in ("megatron.training", "megatron_k2.model.specs", "megatron_k2.training.pretrain"):
+        importlib.import_module(module)
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
     client = Client(address, family="AF_UNIX")
@@ -179,6 +210,7 @@ def _child(argv: list[str], rank: int, folder: Path) -> None:
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     sys.stdout = sys.stderr = log
+    faulthandler.register(signal.SIGUSR1, file=log, all_threads=True)
     sys.argv = ["pretrain", *argv]
     code = 1
     try:
@@ -205,8 +237,11 @@ def _run(folder: Path) -> int:
 
         faults.install(limit)
     log = training.training_log
+    signature = inspect.signature(log)
 
-    def log_losses(loss_dict: dict, total: Any, rate: Any, iteration: int, *rest: Any, **named: Any):
+    def log_losses(
+        loss_dict: dict, total: Any, rate: Any, iteration: int, *rest: Any, **named: Any
+    ):
         norm = rest[3]
         if loss_dict:
             values = " ".join(float(value).hex() for value in loss_dict.values())
