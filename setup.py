@@ -25,7 +25,7 @@ EXTRAS_REQUIRE = {
     "muon": ["emerging-optimizers>=0.3,<0.4"],
     "data": ["ray>=2.50,<3", "zstandard>=0.23"],
     "rl": ["ray>=2.50,<3", "httpx>=0.28"],
-    "dev": ["pytest>=8.3,<10", "ruff>=0.17,<0.18", "mypy>=2.4,<3", "build>=1.2"],
+    "dev": ["pytest>=8.3,<10", "ruff>=0.17,<0.18", "mypy>=2.4,<3"],
 }
 # The folder patches/ of the checkout is the package megatron_k2.patches of the wheel.
 PATCH_PACKAGES = ["megatron_k2.patches"] + [
@@ -46,4 +46,10 @@ setup(
     package_data={"megatron_k2.presets": ["*.toml"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
+    entry_points={
+        "console_scripts": [
+            "megatron-k2-pretrain-text = megatron_k2.training.from_text:main",
+            "megatron-k2-pretrain = megatron_k2.training.pretrain:main",
+        ]
+    },
 )

@@ -1,0 +1,198 @@
+"""The wheel holds what the checkout has, and set-up survives what happens to set-ups."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from configparser import ConfigParser
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel built from a copy of the sources, so that the checkout stays clean."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    ignore = shutil.ignore_patterns("__pycache__")
+    for name in ("megatron_k2", "patches"):
+        shutil.copytree(ROOT / name, source / name, ignore=ignore, symlinks=True)
+    (source / "megatron_k2" / "patches").unlink(missing_ok=True)
+    command = [sys.executable, "setup.py", "--quiet", "bdist_wheel", "--dist-dir", "dist"]
+    run = subprocess.run(command, cwd=source, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    (built,) = (source / "dist").glob("*.whl")
+    return built
+
+
+def test_wheel_holds_every_module_and_preset_of_the_checkout(wheel: Path) -> None:
+    held = set(zipfile.ZipFile(wheel).namelist())
+    modules = {p.relative_to(ROOT) for p in (ROOT / "megatron_k2").rglob("*.py")}
+    modules |= {"megatron_k2" / p.relative_to(ROOT) for p in (ROOT / "patches").rglob("*.py")}
+    presets = {p.relative_to(ROOT) for p in (ROOT / "megatron_k2" / "presets").glob("*.toml")}
+    assert {str(path) for path in modules | presets} - held == set()
+    assert not [name for name in held if name.startswith(("tests/", "tools/", "patches/"))]
+    assert any(name.endswith("licenses/LICENSE") for name in held)
+
+
+def test_console_scripts_name_functions_that_exist(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (path,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
+    parser = ConfigParser()
+    parser.read_string(archive.read(path).decode())
+    scripts = dict(parser["console_scripts"])
+    assert "megatron-k2-pretrain-text" in scripts
+    for target in scripts.values():
+        module, _, function = target.partition(":")
+        assert f"def {function}(" in archive.read(module.replace(".", "/") + ".py").decode()
+
+
+def test_the_unpacked_wheel_finds_its_patches_and_presets(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import importlib.util, megatron_k2, megatron_k2.presets as presets\n"
+        "patches = importlib.util.find_spec('megatron_k2.patches').origin\n"
+        "print(megatron_k2.__file__, len(presets.list_presets()), patches)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True
+    )
+    package, num_presets, patches = run.stdout.split()
+    assert Path(package).is_relative_to(tmp_path) and Path(patches).is_relative_to(tmp_path)
+    assert int(num_presets) == len(list((ROOT / "megatron_k2" / "presets").glob("*.toml")))
+
+
+def test_documents_agree_with_the_code() -> None:
+    command = [sys.executable, "tools/docs_check.py"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A checkout with the real bootstrap and a set-up that only prints the Python it was given."""
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "bin").mkdir()
+    for name in ("setup.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copy(ROOT / "tools" / "bootstrap.sh", tmp_path / "tools")
+    stub = "import sys; print('chosen', sys.version_info[:2] >= (3, 12), sys.argv[1])\n"
+    (tmp_path / "tools" / "setup_venv.py").write_text(stub)
+    return tmp_path
+
+
+def bootstrap(checkout: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    path = f"{checkout / 'bin'}:/usr/bin:/bin"
+    return subprocess.run(
+        [checkout / "tools" / "bootstrap.sh"],
+        capture_output=True,
+        text=True,
+        env={"PATH": path, "HOME": str(checkout), **environment},
+    )
+
+
+def write_interpreter(path: Path, text: str) -> None:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+def test_bootstrap_passes_over_a_shim_that_does_not_run(checkout: Path) -> None:
+    write_interpreter(checkout / "bin" / "python3.12", "echo not activated >&2; exit 127")
+    write_interpreter(checkout / "bin" / "python3.13", f'exec {sys.executable} "$@"')
+    run = bootstrap(checkout)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("chosen True")
+
+
+def test_bootstrap_finds_a_pyenv_python_when_the_default_is_older(checkout: Path) -> None:
+    write_interpreter(checkout / "bin" / "python3.12", "exit 127")
+    write_interpreter(checkout / "bin" / "python3.13", "exit 127")
+    old = 'case "$2" in *print*) echo 3.11.2;; *) exit 1;; esac'
+    write_interpreter(checkout / "bin" / "python3", old)
+    write_interpreter(checkout / "bin" / "python", old)
+    versions = checkout / ".pyenv" / "versions" / "3.12.9" / "bin"
+    versions.mkdir(parents=True)
+    write_interpreter(versions / "python", f'exec {sys.executable} "$@"')
+    run = bootstrap(checkout)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("chosen True")
+
+
+def test_bootstrap_says_what_it_tried_and_what_to_install(checkout: Path) -> None:
+    old = checkout / "bin" / "python3.11"
+    write_interpreter(old, 'case "$2" in *print*) echo 3.11.2;; *) exit 1;; esac')
+    run = bootstrap(checkout, PYTHON=str(old))
+    assert run.returncode == 1
+    assert f"{old}: is Python 3.11.2" in run.stderr
+    assert "uv python install 3.12" in run.stderr and "make PYTHON=" in run.stderr
+
+
+def test_bootstrap_does_nothing_twice_until_a_set_up_file_changes(checkout: Path) -> None:
+    environment = {"PYTHON": sys.executable}
+    key = bootstrap(checkout, **environment).stdout.split()[-1]
+    (checkout / ".venv" / "bin").mkdir(parents=True)
+    (checkout / ".venv" / "bin" / "python").symlink_to(sys.executable)
+    (checkout / ".venv" / ".setup-complete").write_text(key)
+    assert bootstrap(checkout, **environment).stdout == ""
+    with open(checkout / "setup.py", "a") as file:
+        file.write("# changed\n")
+    assert bootstrap(checkout, **environment).stdout.startswith("chosen True")
+
+
+@pytest.fixture
+def setup_venv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """tools/setup_venv.py on a folder of its own with a .venv that runs."""
+    spec = importlib.util.spec_from_file_location("setup_venv", ROOT / "tools" / "setup_venv.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    venv = tmp_path / ".venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "python").symlink_to(sys.executable)
+    (venv / "bin" / "pip").touch()
+    for name, value in {
+        "ROOT": tmp_path,
+        "VENV": venv,
+        "STARTED": venv / ".setup-started",
+        "COMPLETE": venv / ".setup-complete",
+    }.items():
+        monkeypatch.setattr(module, name, value)
+    return module
+
+
+def test_a_finished_set_up_leaves_its_key_and_no_marker(
+    setup_venv: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup_venv, "_install", lambda: True)
+    assert setup_venv._set_up("key") == 0
+    assert setup_venv.COMPLETE.read_text() == "key"
+    assert not setup_venv.STARTED.exists()
+
+
+def test_an_interrupted_set_up_is_never_taken_for_a_whole_one(
+    setup_venv: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup_venv.COMPLETE.write_text("an older key")
+
+    def killed() -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(setup_venv, "_install", killed)
+    with pytest.raises(KeyboardInterrupt):
+        setup_venv._set_up("key")
+    assert not setup_venv.COMPLETE.exists()
+    assert setup_venv._reason_to_start_over() == "was left half made"
+
+
+def test_a_venv_whose_python_is_gone_is_made_anew(setup_venv: ModuleType) -> None:
+    (setup_venv.VENV / "bin" / "python").unlink()
+    os.symlink("/nonexistent/python3.12", setup_venv.VENV / "bin" / "python")
+    assert setup_venv._reason_to_start_over() == "has no Python that runs"
