@@ -4,8 +4,8 @@ Only ``megatron_k2.register`` applies them. Core patches serve every device; CPU
 the opt-in device layer and are never active on CUDA. ``README.md`` is the generated ledger.
 """
 
-from megatron_k2.patches.cpu import hide_gpu_packages, host_torch, rng_state, tensor_cuda
-from megatron_k2.patches.cpu import tensor_types
+from megatron_k2.patches.cpu import hide_gpu_packages, host_torch, rng_state, share_storage
+from megatron_k2.patches.cpu import tensor_cuda, tensor_types
 from megatron_k2.patches.megatron_core import (
     adam_state_dict,
     adam_step_count,
@@ -30,6 +30,7 @@ ALL_PATCHES: tuple[Patch, ...] = (
     host_torch.PATCH,
     tensor_cuda.PATCH,
     rng_state.PATCH,
+    share_storage.PATCH,
     *tensor_types.PATCHES,
     compile_helpers.PATCH,
     *k2_arguments.PATCHES,

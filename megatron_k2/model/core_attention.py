@@ -1,14 +1,15 @@
 """Core attention of K2's MLA on the local path, without Transformer Engine.
 
-Tiles on the CPU, torch's fused kernels on CUDA; head widths of q/k and v may differ, sequences may be
-packed. Beside its output it records each head's largest softmax input for QK-Clip (max_logit.py); the
-same for Transformer Engine is in te_attention.py. Not here: context parallelism. The CUDA branch
-(padded v, ``scaled_dot_product_attention``) runs in tests on the CPU only.
+Tiles on the CPU, torch's fused kernels on CUDA; head widths of q/k and v may differ, sequences may
+be packed. Beside its output it records each head's largest softmax input for QK-Clip
+(max_logit.py); the same for Transformer Engine is in te_attention.py. Not here: context
+parallelism. The CUDA branch (padded v, ``scaled_dot_product_attention``) is tested on the CPU only.
 """
 
 from __future__ import annotations
 
 import functools
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -123,7 +124,7 @@ class K2CoreAttention(MaxLogitRecord, MegatronModule):
         """
         if attention_bias is not None:
             raise ValueError("K2CoreAttention takes no attention_bias")
-        mask_type = attn_mask_type or self.attn_mask_type
+        mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
         if mask_type not in _CAUSAL + _UNMASKED:
             raise ValueError(f"K2CoreAttention does not support the mask type {mask_type.name}")
         causal = mask_type in _CAUSAL
@@ -139,7 +140,7 @@ class K2CoreAttention(MaxLogitRecord, MegatronModule):
         batch = query.size(1)
         q, k, v = (x.flatten(1, 2) for x in (query, key, value))
         output = self._attend(q, k, v, causal, attention_mask, batch)
-        return output.view(query.size(0), batch, -1)
+        return output.reshape(query.size(0), batch, -1)
 
     def _forward_packed(
         self,
@@ -159,9 +160,9 @@ class K2CoreAttention(MaxLogitRecord, MegatronModule):
             else packed.cu_seqlens_q_padded
         )
         bounds, true_bounds = places.tolist(), packed.cu_seqlens_q.tolist()
-        lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+        lengths = [b - a for a, b in pairwise(bounds)]
         lengths.append(query.size(0) - bounds[-1])  # tokens after the last sequence
-        true_lengths = [b - a for a, b in zip(true_bounds, true_bounds[1:], strict=False)]
+        true_lengths = [b - a for a, b in pairwise(true_bounds)]
         padded = true_lengths != lengths[:-1]
         if self._tiles(query, key, causal) and not padded:
             output, maxima = tiled_causal_attention(query, key, value, self.softmax_scale, lengths)

@@ -1,10 +1,11 @@
 """Each head's exact largest softmax input: computed in tiles, kept in one buffer a model chunk.
 
-Kimi K2's QK-Clip (arXiv 2507.20534, section 2.1) needs the signed maximum of ``scale * q k^T`` under
-the mask, over all microbatches of a step. The logits of a tile are fp32 products of the given (bf16)
-values: on CUDA by a bf16 GEMM with an fp32 result, elsewhere by widening the inputs; both equal the
-dense fp32 computation up to the order of an fp32 sum, and no tokens x tokens matrix exists.
-Transformer Engine's own figure is rounded to bf16 (0.4 %) instead. Not here: reductions over ranks.
+Kimi K2's QK-Clip (arXiv 2507.20534, section 2.1) needs the signed maximum of ``scale * q k^T``
+under the mask, over all microbatches of a step. The logits of a tile are fp32 products of the given
+(bf16) values: on CUDA by a bf16 GEMM with an fp32 result, elsewhere by widening the inputs; both
+equal the dense fp32 computation up to the order of an fp32 sum, and no tokens x tokens matrix
+exists. Transformer Engine's own figure is rounded to bf16 (0.4 %) instead. Not here: reductions
+over ranks.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""K2's multi-latent attention: upstream's with its tensor-parallel gradient and rotary tables mended.
+"""K2's multi-latent attention: upstream's, with three corrections.
 
-``K2MLASelfAttention`` is a true subclass, so that upstream's schedules, checkpoints and QK-Clip know
-it. It differs in three places. (1) The shared rotary key: under tensor parallelism each rank's heads
-give only a part of its gradient, and upstream never sums the parts where ``linear_kv_down_proj`` is
-column-parallel (or replicated without sequence parallelism). (2) YaRN's angles are exact (rotary.py).
-(3) Without a query latent there is no query norm, as in Moonlight and Hugging Face; upstream norms
-the hidden states a second time (Transformer Engine) or refuses (local).
+``K2MLASelfAttention`` is a true subclass, so that upstream's schedules and checkpoints know it.
+(1) The shared rotary key: under tensor parallelism each rank's heads give only a part of its
+gradient, and upstream never sums the parts where ``linear_kv_down_proj`` is column-parallel (or
+replicated without sequence parallelism). (2) YaRN's angles are exact (rotary.py). (3) Without a
+query latent there is no query norm, as in Moonlight and Hugging Face; upstream norms the hidden
+states a second time (Transformer Engine) or refuses (local).
 """
 
 from __future__ import annotations

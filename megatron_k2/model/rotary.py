@@ -1,9 +1,10 @@
 """YaRN in Megatron's modules: the rotary embedding of K2's MLA, and a change of its factor.
 
-``K2YarnRotaryEmbedding`` replaces upstream's ``YarnRotaryEmbedding`` in the local and the Transformer
-Engine path. Upstream multiplies position and frequency in fp32 (0.008 rad off at position 131,071),
-keeps every embedding alive in an ``lru_cache`` keyed by the module, and stores 4,096 cosines a layer;
-here angles are exact, and one table serves all layers. Plain RoPE stays upstream's.
+``K2YarnRotaryEmbedding`` replaces upstream's ``YarnRotaryEmbedding`` in the local and the
+Transformer Engine path. Upstream multiplies position and frequency in fp32 (0.008 rad off at
+position 131,071), keeps every embedding alive in an ``lru_cache`` keyed by the module, and stores
+4,096 cosines a layer; here angles are exact, and one table serves all layers. Plain RoPE stays
+upstream's.
 """
 
 from __future__ import annotations

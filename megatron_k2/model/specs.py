@@ -1,10 +1,10 @@
 """Layer specs of Kimi K2: upstream's GPT decoder block with its leaves swapped.
 
-``--spec megatron_k2.model.specs get_k2_decoder_block_spec`` names the first function. The stock block
-spec decides layers, dense or expert, per pipeline stage (uneven layouts and virtual stages included);
-here it is copied and the attention, norms and expert modules are replaced: K2's own on the local
-path, thin subclasses over Transformer Engine's otherwise. No patch; every module is a subclass of
-upstream's, which the overlapped expert-parallel schedule needs.
+``--spec megatron_k2.model.specs get_k2_decoder_block_spec`` names the first function. The stock
+block spec decides layers, dense or expert, per pipeline stage (uneven layouts and virtual stages
+included); here it is copied and the attention, norms and expert modules are replaced: K2's own on
+the local path, thin subclasses over Transformer Engine's otherwise. No patch; every module is a
+subclass of upstream's, which the overlapped expert-parallel schedule needs.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
+from megatron_k2 import compat
 from megatron_k2.model.core_attention import K2CoreAttention
 from megatron_k2.model.delayed_linear import K2TransformerLayer
 from megatron_k2.model.mla import K2FusedMLASelfAttention, K2MLASelfAttention
+from megatron_k2.model.moe import get_k2_dense_mlp_spec, get_k2_moe_spec
 from megatron_k2.model.norm import K2RMSNorm
 
 
@@ -55,6 +57,7 @@ def get_k2_layer_specs(
     Raises:
         ValueError: the configuration is not one of multi-latent attention, or names an
             implementation that K2 has no leaves for.
+        ImportError: Transformer Engine is asked for and not installed.
     """
     if not config.multi_latent_attention:
         raise ValueError("the K2 layer spec needs --multi-latent-attention")
@@ -64,6 +67,8 @@ def get_k2_layer_specs(
             "transformer_engine"
         )
     use_te = config.transformer_impl == "transformer_engine"
+    if use_te and not compat.te_installed():
+        compat.optional("transformer_engine").require()
     block = get_gpt_decoder_block_spec(
         config,
         use_transformer_engine=use_te,
@@ -92,10 +97,6 @@ def _k2_layer(layer: ModuleSpec, config: MLATransformerConfig, use_te: bool) -> 
 
 def _k2_mlp(stock: TransformerLayerSubmodules, config: MLATransformerConfig, use_te: bool) -> Any:
     """Return K2's feed-forward of a dense or an expert layer."""
-    try:  # being written
-        from megatron_k2.model.experts import get_k2_dense_mlp_spec, get_k2_moe_spec
-    except ImportError:
-        return stock.mlp
     build_mlp = get_k2_moe_spec if _is_moe(stock) else get_k2_dense_mlp_spec
     return build_mlp(config, use_te)
 

@@ -1,10 +1,10 @@
 """Transformer Engine's core attention with K2's record of each head's largest softmax input.
 
 A thin leaf over ``megatron.core.extensions.transformer_engine.TEDotProductAttention``. The exact
-chunked maximum is computed beside TE's kernel, so FlashAttention stays on and any TE version serves.
-With upstream's ``--qk-clip`` or ``--log-max-attention-logit`` (TE >= 2.9, recent cuDNN) TE's own
-figure is recorded instead: rounded to bf16, within 0.4 %, FlashAttention off. Import this module only
-when Transformer Engine is usable. Its forward needs a GPU and has not been run in this project.
+chunked maximum is computed beside TE's kernel, so FlashAttention stays on and any TE version
+serves. With upstream's ``--qk-clip`` or ``--log-max-attention-logit`` (TE >= 2.9, recent cuDNN)
+TE's own figure is recorded instead: rounded to bf16, within 0.4 %, FlashAttention off. Import this
+module only when Transformer Engine is usable. Its forward needs a GPU and has not been run.
 """
 
 from __future__ import annotations

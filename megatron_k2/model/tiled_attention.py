@@ -15,10 +15,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 QUERY_ROWS = 128
-"""Query rows of a tile: 64 and 256 were slower at head widths 48 and 192 (2 AVX512-bf16 cores)."""
+"""Query rows of a tile: 256 was slower, 64 no faster, at head widths 48 and 192 (AVX512-bf16)."""
 
 TILE_BYTES = 2 << 20
 """fp32 logits of one tile, all its heads together: about the L2 cache of one core."""
@@ -29,7 +29,7 @@ in the sequence; up to here they are kept (half of 2 bytes x tokens^2 a head), 2
 
 
 class _Tile:
-    """One tile: queries ``rows`` see keys ``keys``; ``diagonal`` is the masked square at the end."""
+    """One tile: queries ``rows`` see keys ``keys``; ``diagonal`` is the masked square's place."""
 
     __slots__ = ("diagonal", "heads", "keys", "rows", "widths")
 

@@ -1,10 +1,10 @@
 """YaRN's rotary frequencies and softmax scale, in fp64 and without Megatron.
 
-Source: YaRN (arXiv 2309.00071) as DeepSeek-V3 and Hugging Face's ``_compute_yarn_parameters`` apply
-it. Kimi K2: base 50,000, width 64, factor 32 from 4,096 positions, beta_fast = beta_slow = 1 (a step:
-pairs 0..19 keep their frequency, 20..31 are divided by 32), mscale = mscale_all_dim = 1 (cos and sin
-unscaled, softmax scale times (0.1 ln 32 + 1)^2). Angles are exact to fp32 at any position, which fp32
-products of position and frequency are not: 0.008 rad off at position 131,071.
+Source: YaRN (arXiv 2309.00071) as DeepSeek-V3 and Hugging Face's ``_compute_yarn_parameters``
+apply it. Kimi K2: base 50,000, width 64, factor 32 from 4,096 positions, beta_fast = beta_slow = 1
+(a step: pairs 0..19 keep their frequency, 20..31 are divided by 32), mscale = mscale_all_dim = 1
+(cos and sin unscaled, softmax scale times (0.1 ln 32 + 1)^2). Angles are exact to fp32 at any
+position, which fp32 products of position and frequency are not: 0.008 rad off at 131,071.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def yarn_attention_factor(settings: YarnSettings) -> float:
 
 
 def yarn_softmax_scale(settings: YarnSettings, qk_head_dim: int) -> float:
-    """Return the factor of ``q k^T`` for q and k heads of ``qk_head_dim`` (rotary part included)."""
+    """Return the factor of ``q k^T`` for heads of ``qk_head_dim`` (nope + rope) width."""
     mscale = yarn_mscale(settings.rotary_scaling_factor, settings.mscale_all_dim)
     return mscale * mscale / math.sqrt(qk_head_dim)
 

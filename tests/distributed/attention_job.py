@@ -58,9 +58,9 @@ def whole_gradients(attention: torch.nn.Module, group: Any) -> dict[str, Tensor]
 
 
 def attention_step(
-    fields: dict[str, Any], state: dict[str, Tensor] | None = None, stock: bool = False
+    fields: dict[str, Any], state: dict[str, Any] | None = None, stock: bool = False
 ) -> dict[str, Any]:
-    """Run one forward and backward of an MLA layer; return whole outputs and gradients.
+    """Run one forward and backward of an MLA layer; return whole results as numpy.
 
     Args:
         fields: of ``K2TransformerConfig``.
@@ -80,8 +80,11 @@ def attention_step(
     if stock:
         spec.module = MLASelfAttention
     attention = build_module(spec, config=config, layer_number=1)
-    state = whole_state(attention) if state is None else state
-    load_share_(attention, state, rank, size)
+    if state is None:
+        whole = whole_state(attention)
+    else:
+        whole = {name: torch.from_numpy(value) for name, value in state.items()}
+    load_share_(attention, whole, rank, size)
     generator = torch.Generator().manual_seed(11)
     hidden = torch.randn(24, 2, config.hidden_size, generator=generator)
     upstream = torch.randn(24, 2, config.hidden_size, generator=generator)
@@ -95,11 +98,11 @@ def attention_step(
         parts = [joined(part, group) for part in parts]
     recorded = attention.core_attention.max_attention_logits
     return dict(
-        state=state,
-        output=parts[0],
-        grad_hidden=parts[1],
-        gradients=whole_gradients(attention, group),
-        max_logits=joined(recorded, group),
+        state={name: value.numpy() for name, value in whole.items()},
+        output=parts[0].numpy(),
+        grad_hidden=parts[1].numpy(),
+        gradients={n: g.numpy() for n, g in whole_gradients(attention, group).items()},
+        max_logits=joined(recorded, group).numpy(),
     )
 
 

@@ -1,11 +1,11 @@
-"""K2's attention sharded over tensor-parallel ranks equals the unsharded one, gradients included."""
+"""K2's attention over tensor-parallel ranks equals the unsharded one, gradients included."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
 
 from tests.distributed.pool import Pool
 from tests.unit.model.tiny import tiny_fields
@@ -23,8 +23,8 @@ def run(pool: Pool, size: int, kwargs: dict[str, Any]) -> dict[str, Any]:
     return pool.run(JOB, size, layout=layout, kwargs=kwargs)[0]
 
 
-def largest_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max())
+def largest_difference(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
 @pytest.mark.parametrize("q_lora_rank", [26, None])
@@ -37,7 +37,7 @@ def test_two_tensor_parallel_ranks_equal_one_process(pool: Pool, q_lora_rank: in
         assert largest_difference(double["grad_hidden"], single["grad_hidden"]) < 1e-5
         for name, expected in single["gradients"].items():
             assert largest_difference(double["gradients"][name], expected) < 1e-5, name
-        torch.testing.assert_close(double["max_logits"], single["max_logits"])
+        assert largest_difference(double["max_logits"], single["max_logits"]) < 1e-6
 
 
 def test_upstream_still_loses_the_other_ranks_share_of_the_rotary_key(pool: Pool) -> None:
