@@ -2,9 +2,9 @@
 
 Instead of changing torch for the whole process, this patch gives every ``megatron.*`` module its
 own view of it: ``torch.cuda`` is the host's (``host_cuda.py``), a factory or ``torch.device`` asked
-for ``cuda`` answers with the CPU, ``init_process_group`` drops ``device_id`` and
-``all_to_all_single`` turns its split sizes into the Python ints gloo insists on. Modules imported
-later get the view too, through one import hook. Functions that upstream compiled at import
+for ``cuda`` answers with the CPU, ``init_process_group`` drops ``device_id``, ``all_to_all_single``
+turns its split sizes into the Python ints gloo insists on, and AdamW is the fused one. Modules
+imported later get the view too, through one import hook. Functions that upstream compiled at import
 (``jit_fuser`` is ``torch.compile``) run as written: no compiler is needed on the host, and its
 start-up is longer than a short run.
 """
@@ -110,6 +110,20 @@ def _host_distributed() -> types.ModuleType:
     return view
 
 
+class FusedAdamW(torch.optim.AdamW):
+    """AdamW in one pass over its tensors; the plain one makes some ten on the host."""
+
+    def __init__(self, params: Any, *, capturable: bool = False, **kwargs: Any) -> None:
+        super().__init__(params, fused=True, **kwargs)
+
+
+def _host_optim() -> types.ModuleType:
+    view = types.ModuleType("torch.optim")
+    view.__dict__.update(torch.optim.__dict__)
+    view.__dict__.update(AdamW=FusedAdamW)
+    return view
+
+
 @functools.cache
 def host_torch() -> types.ModuleType:
     """Return the one view of torch that all Megatron modules share."""
@@ -120,6 +134,7 @@ def host_torch() -> types.ModuleType:
         cuda=host_cuda(),
         device=_HostDevice,
         distributed=_host_distributed(),
+        optim=_host_optim(),
         __getattr__=lambda name: getattr(torch, name),
     )
     return view

@@ -98,9 +98,11 @@ def megatron_step(args: Any, stock: bool, weights: str) -> Step:
     from megatron.training.arguments import core_transformer_config_from_args
 
     from megatron_k2.model.specs import get_k2_layer_specs
+    from megatron_k2.patches.cpu.host_torch import host_torch
 
     config = core_transformer_config_from_args(args)
     if stock:
+        host_torch().optim = torch.optim  # our host layer's fused AdamW is not upstream's
         config = dataclasses.replace(config, moe_grouped_gemm=False)
     torch.manual_seed(1234)
     model = GPTModel(
