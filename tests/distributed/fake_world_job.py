@@ -6,7 +6,6 @@ no byte is sent. Weights have shapes and no storage, so that any preset fits.
 
 from __future__ import annotations
 
-import resource
 import time
 from typing import Any
 
@@ -21,7 +20,7 @@ from tests.distributed.training_job import GROUP_SIZES, preset_config
 
 
 def build_rank(rank: int, world_size: int, preset: str, layout: dict[str, Any]) -> dict[str, Any]:
-    """Build ``rank``'s part of ``preset``; return seconds, parameter shapes and layer numbers."""
+    """Build ``rank``'s part of ``preset``; return seconds, number of weights and layers."""
     start = time.perf_counter()
     torch.distributed.destroy_process_group()
     torch.distributed.init_process_group(
@@ -32,8 +31,10 @@ def build_rank(rank: int, world_size: int, preset: str, layout: dict[str, Any]) 
         create_gloo_process_groups=False,
     )
     groups_s = time.perf_counter() - start
-    config = preset_config(preset, perform_initialization=False, bf16=True,
-                           params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16, **layout)  # fmt: skip
+    config = preset_config(
+        preset, perform_initialization=False, bf16=True, params_dtype=torch.bfloat16,
+        pipeline_dtype=torch.bfloat16, **layout,
+    )  # fmt: skip
     chosen = load_preset(preset)
     model_config = GPTModelConfig(
         transformer=config, transformer_layer_spec=get_k2_decoder_block_spec,
@@ -47,8 +48,7 @@ def build_rank(rank: int, world_size: int, preset: str, layout: dict[str, Any]) 
     return {
         "groups_s": groups_s,
         "seconds": time.perf_counter() - start,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "parameters": {name: tuple(p.shape) for name, p in model.named_parameters()},
+        "num_weights": sum(p.numel() for p in model.parameters()),
         "devices": sorted({p.device.type for p in model.parameters()}),
         "layers": [layer.layer_number for layer in model.decoder.layers],
     }

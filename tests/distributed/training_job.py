@@ -34,8 +34,8 @@ from megatron_k2.presets import load_preset
 
 SEED = 1234
 SEQ_LENGTH = 64
-MICRO_BATCH_SIZE = 2
-NUM_MICROBATCHES = 4  # of a step, over all data-parallel ranks: 8 sequences
+MICRO_BATCH_SIZE = 1
+NUM_MICROBATCHES = 8  # of a step, over all data-parallel ranks: 8 sequences
 GROUP_SIZES = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -123,7 +123,8 @@ def build(run: Run, groups: Any, **overrides: Any) -> tuple[list[Any], Any]:
     )
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
-            optimizer="adam", lr=run.learning_rate, weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95,
+            optimizer="adam", lr=run.learning_rate, weight_decay=0.1, adam_beta1=0.9,
+            adam_beta2=0.95,
             clip_grad=1e6,  # never reached: the norm is computed, no gradient is scaled by it
             bf16=run.bf16, params_dtype=dtype,
             use_distributed_optimizer=run.use_distributed_optimizer,
