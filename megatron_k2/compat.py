@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.machinery
 import importlib.metadata
 import importlib.util
 import platform
+import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -259,10 +261,17 @@ def _find_megatron() -> Path | None:
 
 
 def _is_found(module: str) -> bool:
+    if _is_hidden(module):
+        return importlib.machinery.PathFinder.find_spec(module) is not None
     try:
         return importlib.util.find_spec(module) is not None
-    except ValueError:  # sys.modules holds None or a module without a spec
-        return False
+    except ValueError:  # loaded by hand, without a spec
+        return True
+
+
+def _is_hidden(module: str) -> bool:
+    """Return whether the CPU device layer keeps the module from being imported."""
+    return module in sys.modules and sys.modules[module] is None
 
 
 def _cause_of_failure(need: Requirement, version: str | None) -> str | None:
@@ -275,6 +284,8 @@ def _cause_of_failure(need: Requirement, version: str | None) -> str | None:
         return f"version {version} is outside {need.versions}"
     if need.needs_gpu and num_gpus() == 0:
         return "it is installed but torch sees no GPU (torch.cuda.is_available() is False)"
+    if _is_hidden(need.module.partition(".")[0]):
+        return "it is installed but hidden in this process, which runs with --k2-device cpu"
     try:
         importlib.import_module(need.module)
     except Exception as error:  # a broken extension raises whatever it likes; it becomes the cause

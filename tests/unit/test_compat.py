@@ -11,8 +11,12 @@ from megatron_k2 import compat
 
 
 @pytest.fixture(autouse=True)
-def fresh_answers() -> Iterator[None]:
+def fresh_answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No answer is remembered, and packages that the CPU device layer hides are in sight again."""
     compat.optional.cache_clear()
+    for name in ("transformer_engine", "apex", "amp_C", "fused_weight_gradient_mlp_cuda"):
+        if name in sys.modules and sys.modules[name] is None:
+            monkeypatch.delitem(sys.modules, name)
     yield
     compat.optional.cache_clear()
 
@@ -133,9 +137,24 @@ def test_the_apex_of_pypi_is_not_taken_for_nvidia_apex(
     assert "it lacks apex.optimizers.FusedAdam" in str(found.cause)
 
 
-def test_an_absent_package_is_absent() -> None:
+def test_a_package_hidden_by_the_cpu_device_is_said_to_be_hidden(
+    site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (site / "apex.py").touch()
+    monkeypatch.setitem(sys.modules, "apex", None)
+    monkeypatch.setattr(compat, "num_gpus", lambda: 1)
     found = compat.optional("apex")
-    assert not found.installed and not compat.apex_usable()
+    assert found.installed and not found.usable
+    assert "hidden in this process, which runs with --k2-device cpu" in str(found.cause)
+
+
+def test_an_absent_package_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    need = compat.Requirement("no_such_package", "no-such-package", "", "pip install nothing")
+    monkeypatch.setitem(compat.OPTIONAL, "no_such_package", need)
+    found = compat.optional("no_such_package")
+    assert not found.installed and not found.usable
+    with pytest.raises(ImportError, match="found none: Python finds no module of that name"):
+        found.require()
 
 
 def test_an_unknown_optional_package_is_refused_with_the_known_ones() -> None:
