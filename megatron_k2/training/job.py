@@ -15,7 +15,8 @@ NUM_PROCESSES = 2
 TRAIN_MODULE = "megatron_k2.training.pretrain"
 SAMPLE_MODULE = "megatron_k2.training.sample"
 OUTPUT_MARK = "k2-sample: "  # begins the line that holds the continuation, as JSON
-PROBE_ITERS = 8  # the first ones are slower; the median counts
+HELDOUT_NAME = "heldout"  # of the validation set, in the log and in TensorBoard
+PROBE_ITERS = 8  # the fastest counts: other work on the machine only slows steps down
 CHECKPOINT_EVERY_S = 60  # of training; saving k2-nano takes about 2 s
 PROGRESS_EVERY_S = 5
 NUM_EVALUATIONS = 4  # over the run, the final one included
@@ -93,7 +94,11 @@ class Job:
             *("--train-data-path", str(self.tokens / "train")),
             *("--valid-data-path", str(self.tokens / "heldout")),
             *("--data-cache-path", str(self.cache)),
-            "--full-validation",
+            # One pass over the held-out text each time. Upstream's full validation needs a list
+            # of sets (with one set it indexes an int), and reads one sample a rank at a time.
+            *("--full-validation", "--multiple-validation-sets"),
+            *("--validation-set-names", HELDOUT_NAME, "--eval-micro-batch-size", "1"),
+            *("--eval-global-batch-size", str(NUM_PROCESSES)),
             *("--train-iters", str(train_iters)),
             *("--lr", repr(lr), "--min-lr", "0", "--lr-decay-style", "linear"),
             *("--lr-warmup-iters", str(settings.warmup_iters if lr else 0)),
@@ -119,6 +124,7 @@ class Job:
             *("--save", str(self.checkpoints)),
             *("--save-interval", str(max(1, round(CHECKPOINT_EVERY_S / seconds_per_iteration)))),
             *("--tensorboard-dir", str(self.tensorboard), "--tensorboard-log-interval", "1"),
+            "--log-timers-to-tensorboard",
             *("--log-interval", str(max(1, round(PROGRESS_EVERY_S / seconds_per_iteration)))),
             # Not a divisor of train_iters: Megatron evaluates once more at the end anyway.
             *("--eval-interval", str(train_iters // NUM_EVALUATIONS + 1)),

@@ -22,7 +22,7 @@ from pathlib import Path
 
 _ITERATION = re.compile(r"iteration\s+(\d+)/\s*(\d+) \|")
 _FIELD = re.compile(r"\| ([A-Za-z][^|:]*?): +([-+\d.]+(?:E[-+]\d+)?)(?= \|)", re.IGNORECASE)
-_VALIDATION = re.compile(r"validation loss at iteration (\d+) .*?lm loss value: ([-+\d.E]+)")
+_VALIDATION = re.compile(r"validation\S* loss at iteration (\d+) .*?lm loss value: ([-+\d.E]+)")
 _USER_ERROR = re.compile(r"megatron_k2: error: (.*)")
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LAST_LINES = 15  # of the log, shown when a run fails

@@ -6,8 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_k2.training.job import HELDOUT_NAME
+
 TRAIN_TAG = "lm loss"
-HELDOUT_TAG = "lm loss validation"
+HELDOUT_TAG = f"lm loss validation-{HELDOUT_NAME}"
 
 
 @dataclass(frozen=True)

@@ -100,13 +100,13 @@ def load_model(args: Any) -> Any:
 
     Collective: initialises the process groups - every rank must call.
     """
+    from megatron.core.utils import unwrap_model
     from megatron.training.argument_utils import (
         gpt_config_from_args,
         pretrain_cfg_container_from_args,
     )
     from megatron.training.checkpointing import load_checkpoint
     from megatron.training.initialize import initialize_megatron
-    from megatron.training.utils import unwrap_model
 
     from megatron_k2 import parallel
 

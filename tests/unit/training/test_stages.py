@@ -1,0 +1,69 @@
+"""Stages: built once, published whole, refused when their inputs change; the folder's lock."""
+
+import os
+
+import pytest
+
+from megatron_k2.training import stages
+
+
+def builder(calls: list[str], fail: bool = False):
+    def build(folder):
+        calls.append("built")
+        (folder / "data").write_text("x")
+        if fail:
+            raise KeyboardInterrupt
+        return {"count": 1}
+
+    return build
+
+
+def test_a_stage_is_built_once(tmp_path):
+    calls: list[str] = []
+    first = stages.run_stage(tmp_path / "s", {"a": (1, 2)}, builder(calls))
+    second = stages.run_stage(tmp_path / "s", {"a": (1, 2)}, builder(calls))
+    assert first == ({"count": 1}, True) and second == ({"count": 1}, False)
+    assert calls == ["built"]
+
+
+def test_other_inputs_are_refused_and_named(tmp_path):
+    stages.run_stage(tmp_path / "s", {"--input": "a", "b": 1}, builder([]))
+    with pytest.raises(ValueError, match=r"holds a run with other --input; give another --output"):
+        stages.run_stage(tmp_path / "s", {"--input": "c", "b": 1}, builder([]))
+
+
+def test_an_interrupted_stage_is_not_there_and_is_built_again(tmp_path):
+    calls: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        stages.run_stage(tmp_path / "s", {}, builder(calls, fail=True))
+    assert not (tmp_path / "s").exists()
+    assert stages.run_stage(tmp_path / "s", {}, builder(calls)) == ({"count": 1}, True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s"]
+
+
+def test_fingerprint_reads_content_only_up_to_the_limit(tmp_path):
+    (tmp_path / "a").write_bytes(b"same" + b"x")
+    (tmp_path / "b").write_bytes(b"same" + b"y")
+    assert stages.fingerprint(tmp_path / "a", 4) == stages.fingerprint(tmp_path / "b", 4)
+    assert stages.fingerprint(tmp_path / "a", 5) != stages.fingerprint(tmp_path / "b", 5)
+
+
+def test_damaged_json_is_named(tmp_path):
+    (tmp_path / "plan.json").write_text("{")
+    with pytest.raises(ValueError, match=r"plan\.json: not readable as JSON"):
+        stages.read_json(tmp_path / "plan.json")
+    assert stages.read_json(tmp_path / "none.json") is None
+
+
+def test_a_second_run_in_the_same_folder_is_refused_until_the_first_ends(tmp_path):
+    lock = stages.lock_folder(tmp_path)
+    with pytest.raises(ValueError, match=f"another run \\(process {os.getpid()}\\) is writing it"):
+        stages.lock_folder(tmp_path)
+    os.close(lock)
+    os.close(stages.lock_folder(tmp_path))
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written"):
+        stages.lock_folder(tmp_path / "file")
