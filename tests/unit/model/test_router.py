@@ -132,9 +132,7 @@ def test_routing_replays_on_the_cpu() -> None:
 @pytest.mark.parametrize(
     ("shape", "published"), [((64, 6), 2.446), ((384, 8), 2.8277), ((32, 4), 1.996)]
 )
-def test_scaling_rule_gives_the_published_factors(
-    shape: tuple[int, int], published: float
-) -> None:
+def test_scaling_rule_gives_the_published_factors(shape: tuple[int, int], published: float) -> None:
     from megatron_k2.model.router import published_scaling_factor
 
     assert published_scaling_factor(*shape) == pytest.approx(published, abs=5e-4)
@@ -167,9 +165,7 @@ def test_sign_rule_is_upstreams_bit_for_bit() -> None:
 
     tokens = torch.randint(0, 50, (4, 7)).float()
     bias = torch.randn(4, 7)
-    expected = get_updated_expert_bias(
-        tokens.clone(), bias, 0.001, torch.distributed.group.WORLD
-    )
+    expected = get_updated_expert_bias(tokens.clone(), bias, 0.001, torch.distributed.group.WORLD)
     assert torch.equal(updated_expert_bias(bias, tokens, 0.001, "sign"), expected)
 
 
