@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_k2 import compat, device
-from megatron_k2.parallel import validate_layout
+from megatron_k2.layouts import validate_layout
 from megatron_k2.presets import Preset, list_presets, load_preset
 
 SPEC = ("megatron_k2.model.specs", "get_k2_decoder_block_spec")

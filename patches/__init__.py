@@ -44,7 +44,7 @@ ALL_PATCHES: tuple[Patch, ...] = (
     *save_files.PATCHES,
     *save_guard.PATCHES,
     load_verified.PATCH,
-    max_logit_log.PATCH,
+    *max_logit_log.PATCHES,
     expert_bias_rule.PATCH,
     expert_balance_log.PATCH,
 )

@@ -3,7 +3,8 @@
 Upstream's ``clip_qk`` reads Transformer Engine's rounded maxima, reaches through two wrappers that
 an fp32 model does not have, and reduces layer by layer. For a model of K2's core attention the
 value comes from the chunk's static buffer with one scalar reduction; other models, and clipping
-itself, go to the original.
+itself, go to the original. Upstream writes the value to TensorBoard only; the second patch puts the
+largest one since the last line into the iteration line as well.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 
 from megatron_k2.patches.patch import Patch
+
+_LINE = "max attention logit"
 
 
 def _replacement(original: Callable[..., float]) -> Any:
@@ -43,22 +46,56 @@ def _replacement(original: Callable[..., float]) -> Any:
     return clip_qk
 
 
+def _with_max_in_line(original: Callable[..., bool]) -> Any:
+    def training_log(loss_dict: dict[str, Any], total: dict[str, Any], *args: Any, **kw: Any) -> Any:
+        """Log an iteration; the line also holds the largest logit since the last line."""
+        # Positions after total_loss_dict: learning rate, iteration, loss scale, memory flag,
+        # skipped, gradient norm, parameter norm, zeros, maximum logit.
+        largest = args[8] if len(args) > 8 else kw.get("max_attention_logit")
+        if largest:
+            # The line prints the mean over the iterations of everything in this dictionary.
+            iterations = total.get("advanced iterations", 0)
+            before = float(total.get(_LINE, 0.0)) / max(1, iterations)
+            total[_LINE] = torch.tensor([max(before, largest) * (iterations + 1)])
+        return original(loss_dict, total, *args, **kw)
+
+    return training_log
+
+
+def _line_lacks_it() -> bool:
+    """The iteration line still has no maximum logit."""
+    return "max attention logit" not in inspect.getsource(PATCHES[1].original())
+
+
 def _still_needed() -> bool:
     """Upstream still reaches through exactly two wrappers."""
-    return "model_chunk.module.module.decoder" in inspect.getsource(PATCH.original())
+    return "model_chunk.module.module.decoder" in inspect.getsource(PATCHES[0].original())
 
 
-PATCH = Patch(
-    id="max-logit-log",
-    target="megatron.training.training:clip_qk",
-    replacement=_replacement,
-    distribution="megatron-core",
-    min_version="0.19.0",
-    max_version="0.19.2",
-    fingerprint="283de8583076",
-    why="upstream's log of the maximum logit fails without bf16 and without Transformer Engine",
-    upstream="megatron/core/optimizer/qk_clip.py:8",
-    remove_when="upstream reads maxima from any core attention",
-    still_needed=_still_needed,
-    importers=None,
+_RANGE = {"distribution": "megatron-core", "min_version": "0.19.0", "max_version": "0.19.2"}
+
+PATCHES = (
+    Patch(
+        id="max-logit-log",
+        target="megatron.training.training:clip_qk",
+        replacement=_replacement,
+        fingerprint="283de8583076",
+        why="upstream's log of the maximum logit fails without bf16 and without Transformer Engine",
+        upstream="megatron/core/optimizer/qk_clip.py:8",
+        remove_when="upstream reads maxima from any core attention",
+        still_needed=_still_needed,
+        importers=None,
+        **_RANGE,
+    ),
+    Patch(
+        id="max-logit-line",
+        target="megatron.training.training:training_log",
+        replacement=_with_max_in_line,
+        fingerprint="5e34a182d566",
+        why="the maximum logit goes to TensorBoard only; the iteration line should show it",
+        upstream="megatron/training/training.py:2753",
+        remove_when="upstream prints the maximum logit",
+        still_needed=_line_lacks_it,
+        **_RANGE,
+    ),
 )
