@@ -29,7 +29,10 @@ BUCKET_EXPERTS = 4
 class RowGroup(Protocol):
     """Experts whose products are computed by one call, on the rows of ``rows``."""
 
-    rows: slice
+    @property
+    def rows(self) -> slice:
+        """The group's rows in the padded layout."""
+        ...
 
     def product(self, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
         """Return ``x @ weight[expert]`` for every row of the group.
@@ -89,6 +92,7 @@ class ExpertBuckets:
 
     Attributes:
         groups: the batched products, lightest experts first; experts without rows are in none.
+        idle_experts: [n] int64, the experts without rows.
         padded_rows: rows after padding.
     """
 
@@ -109,8 +113,9 @@ class ExpertBuckets:
         counts = torch.tensor(rows_per_expert, dtype=torch.int64)
         num_rows = int(counts.sum())
         order = counts.argsort(stable=True)
-        order = order[counts[order] > 0]
-        self.groups: list[Bucket] = []
+        busy = counts[order] > 0
+        self.idle_experts, order = order[~busy].to(device), order[busy]
+        self.groups: list[RowGroup] = []
         self.padded_rows = 0
         padded_start = torch.zeros_like(counts)
         for experts in order.split(BUCKET_EXPERTS) if num_rows else ():
@@ -174,9 +179,12 @@ class ExpertSegments:
     def __init__(self, rows_per_expert: Sequence[int], device: torch.device) -> None:
         """Take the segments' ends to the device; see ``ExpertBuckets`` for the arguments."""
         self.padded_rows = sum(rows_per_expert)
+        self.idle_experts = torch.empty(0, dtype=torch.int64)  # _grouped_mm writes their zeros
         counts = torch.tensor(rows_per_expert, dtype=torch.int32)
         ends = counts.cumsum(0, dtype=torch.int32).to(device)
-        self.groups = [_Segments(slice(0, self.padded_rows), ends)] if self.padded_rows else []
+        self.groups: list[RowGroup] = []
+        if self.padded_rows:
+            self.groups.append(_Segments(slice(0, self.padded_rows), ends))
 
     def rows_of(self, x: Tensor, group: RowGroup) -> Tensor:
         """Return ``x`` itself: nothing is padded."""

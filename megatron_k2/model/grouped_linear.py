@@ -95,12 +95,12 @@ class K2GroupedLinear(torch.nn.Module):
             config.expert_model_parallel_size > 1
             or config.expert_tensor_parallel_size != config.tensor_model_parallel_size
         )
-        self.weight.allreduce = not own_groups
+        self.weight.allreduce = not own_groups  # type: ignore[attr-defined]
         upstream_layers.set_tensor_model_parallel_attributes(
             self.weight, is_parallel=True, dim=self.partition_dim, stride=self.stride
         )
         if config.delay_wgrad_compute:
-            self.weight.skip_backward_post_hook = True
+            self.weight.skip_backward_post_hook = True  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def _initialize(self, init_method: Callable[[Tensor], None]) -> None:

@@ -21,21 +21,29 @@ from megatron_k2.model.swiglu import swiglu_backward, swiglu_forward
 
 
 class PendingWeightGradient:
-    """Weight-gradient products that are known but not yet computed.
+    """The gradient [experts, out, in] of one weight: its products, computed at once or later.
 
     Attributes:
-        products: per row group the operands (group, gradient of the output, input).
+        products: operands of the products not yet computed: (group, output's gradient, input).
     """
 
-    def __init__(self, weight: Tensor) -> None:
-        """Remember the weight's shape, nothing else of it."""
-        self._shape, self._dtype, self._device = weight.shape, weight.dtype, weight.device
+    def __init__(self, weight: Tensor, plan: RowPlan) -> None:
+        """Remember what the weight looks like and which experts have no rows."""
+        self._shape, self._like, self._idle = weight.shape, weight.new_empty(0), plan.idle_experts
+        self._has_rows = plan.padded_rows > 0
         self.products: list[tuple[RowGroup, Tensor, Tensor]] = []
 
+    def empty(self) -> Tensor:
+        """Return a tensor for the gradient, zero for experts without rows, else undefined."""
+        if not self._has_rows:
+            return self._like.new_zeros(self._shape)
+        return self._like.new_empty(self._shape).index_fill_(0, self._idle, 0)
+
     def compute(self) -> Tensor:
-        """Return the gradient [experts, out, in]; experts without rows get zero."""
-        gradient = torch.zeros(self._shape, dtype=self._dtype, device=self._device)
-        for group, grad, x in self.products:
+        """Return the gradient and forget the operands."""
+        gradient = self.empty()
+        while self.products:
+            group, grad, x = self.products.pop()
             group.weight_gradient_(grad, x, gradient)
         return gradient
 
@@ -78,26 +86,24 @@ class _GroupedSwiGLUMLP(torch.autograd.Function):
         grad_y = grad_y.contiguous()
         padded_x = grad_y.new_empty(plan.padded_rows, fc1.shape[2])
         inputs, hidden = saved[: len(plan.groups)], saved[len(plan.groups) :]
-        padded_probs = torch.zeros_like(weights)
-        fc1_gradient, fc2_gradient = PendingWeightGradient(fc1), PendingWeightGradient(fc2)
-        delayed = ctx.queues is not None
-        grad_fc1 = None if delayed else torch.zeros_like(fc1)
-        grad_fc2 = None if delayed else torch.zeros_like(fc2)
+        padded_probs = torch.empty_like(weights)
+        pending = PendingWeightGradient(fc1, plan), PendingWeightGradient(fc2, plan)
+        grad_fc1, grad_fc2 = (None, None) if ctx.queues else (p.empty() for p in pending)
         for group, rows, z in zip(plan.groups, inputs, hidden, strict=True):
             rows_grad = plan.rows_of(grad_y, group)
             grad_activated = group.product(rows_grad, fc2)
             grad_z, grad_p, activated = swiglu_backward(grad_activated, z, weights[group.rows])
+            assert grad_p is not None
             group.product(grad_z, fc1, out=padded_x[group.rows])
             padded_probs[group.rows] = grad_p
             if grad_fc1 is None or grad_fc2 is None:
-                fc1_gradient.products.append((group, grad_z, rows))
-                fc2_gradient.products.append((group, rows_grad, activated))
+                pending[0].products.append((group, grad_z, rows))
+                pending[1].products.append((group, rows_grad, activated))
             else:
                 group.weight_gradient_(grad_z, rows, grad_fc1)
                 group.weight_gradient_(rows_grad, activated, grad_fc2)
-        if delayed:
-            ctx.queues[0].append(fc1_gradient)
-            ctx.queues[1].append(fc2_gradient)
+        for queue, gradient in zip(ctx.queues or (), pending, strict=False):
+            queue.append(gradient)
         grad_probs = plan.unpad_weights(padded_probs)
         return plan.collect(padded_x), grad_probs, grad_fc1, grad_fc2, None, None
 
