@@ -9,12 +9,12 @@ they fill, so that ``core_transformer_config_from_args`` copies them.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from megatron_k2 import compat, device
+from megatron_k2.inputs import UsageError, check_data_files
 from megatron_k2.layouts import validate_layout
 from megatron_k2.presets import Preset, list_presets, load_preset
 
@@ -44,10 +44,6 @@ _GPU_ONLY: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("use_megatron_fsdp", (False,), "--use-megatron-fsdp"),
     ("fp16", (False,), "--fp16"),
 )
-
-
-class UsageError(ValueError):
-    """A user's input that cannot work; the message is one line and names the flag."""
 
 
 def add_k2_args(
@@ -175,11 +171,15 @@ def validate_k2_args(args: argparse.Namespace) -> None:
         )
     _validate_layers(args)
     _validate_experts(args)
-    _validate_data(args)
+    check_data_files(args)
     try:
         validate_layout(args)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    # Upstream lets only Transformer Engine delay; K2's local layers do it too (delayed_linear.py).
+    args.k2_delay_wgrad_compute = args.delay_wgrad_compute
+    if args.transformer_impl == "local":
+        args.delay_wgrad_compute = False
 
 
 def _validate_layers(args: argparse.Namespace) -> None:
@@ -206,33 +206,9 @@ def _validate_experts(args: argparse.Namespace) -> None:
         )
 
 
-def _validate_data(args: argparse.Namespace) -> None:
-    """Check that every dataset prefix on the command line exists and is not empty."""
-    for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
-        flag = "--" + name.replace("_", "-")
-        for item in getattr(args, name, None) or ():
-            if _is_weight(item):
-                continue
-            for suffix in (".bin", ".idx"):
-                path = item + suffix
-                if not os.path.exists(path):
-                    raise UsageError(
-                        f"{flag} {item}: {path} does not exist; give the prefix of a .bin/.idx pair"
-                    )
-                if os.path.getsize(path) == 0:
-                    raise UsageError(f"{flag} {item}: {path} is empty")
-
-
-def _is_weight(item: str) -> bool:
-    try:
-        float(item)
-    except ValueError:
-        return False
-    return True
-
-
 def finish_k2_args(args: argparse.Namespace) -> None:
     """Set what follows from the validated arguments."""
+    args.delay_wgrad_compute = args.k2_delay_wgrad_compute
     # Upstream ties its logging of the maximum logit to Transformer Engine >= 2.9; ours needs none.
     if args.k2_max_attention_logit and args.multi_latent_attention:
         args.log_max_attention_logit = True

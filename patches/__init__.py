@@ -4,8 +4,8 @@ Only ``megatron_k2.register`` applies them. Core patches serve every device; CPU
 the opt-in device layer and are never active on CUDA. ``README.md`` is the generated ledger.
 """
 
-from megatron_k2.patches.cpu import hide_gpu_packages, host_torch, rng_state, share_storage
-from megatron_k2.patches.cpu import tensor_cuda, tensor_types
+from megatron_k2.patches.cpu import hide_gpu_packages, host_torch, record_stream, rng_state
+from megatron_k2.patches.cpu import share_storage, tensor_cuda, tensor_types
 from megatron_k2.patches.megatron_core import (
     adam_state_dict,
     adam_step_count,
@@ -29,6 +29,7 @@ ALL_PATCHES: tuple[Patch, ...] = (
     hide_gpu_packages.PATCH,
     host_torch.PATCH,
     tensor_cuda.PATCH,
+    record_stream.PATCH,
     rng_state.PATCH,
     share_storage.PATCH,
     *tensor_types.PATCHES,

@@ -103,6 +103,7 @@ class _DelayedWeightGradient:
         )
         return output if bias is None else output + bias
 
+    @torch.no_grad()  # the saved input still belongs to the forward's graph
     def backward_dw(self) -> None:
         """Compute the oldest waiting weight gradient and hand it to DDP's hooks.
 

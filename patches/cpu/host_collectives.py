@@ -59,7 +59,9 @@ def reduce_scatter(
         return dist.reduce_scatter(output, input_list, op=op, group=group, async_op=async_op)
     _refuse_async("reduce_scatter", async_op)
     if op != dist.ReduceOp.SUM:
-        raise RuntimeError(f"reduce_scatter of shares of different sizes on gloo sums only; not {op}")
+        raise RuntimeError(
+            f"reduce_scatter of shares of different sizes on gloo sums only; not {op}"
+        )
     world_size = dist.get_world_size(group)
     arrived = output.new_empty((world_size * output.size(0), *output.shape[1:]))
     sizes = [share.size(0) for share in input_list]
