@@ -12,7 +12,7 @@ import runpy
 import sys
 from pathlib import Path
 
-USAGE = """usage: torchrun [TORCHRUN OPTIONS] -m megatron_k2 [--k2-megatron checkout|wheel] SCRIPT [ARGS]
+USAGE = """usage: torchrun [OPTIONS] -m megatron_k2 [--k2-megatron checkout|wheel] SCRIPT [ARGS]
 
 Registers megatron_k2 and runs an unmodified Megatron script with its arguments and --k2-* flags.
 

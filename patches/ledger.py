@@ -1,4 +1,4 @@
-"""``python -m megatron_k2.patches.ledger``: write the table of patches, README.md beside this file."""
+"""``python -m megatron_k2.patches.ledger``: write the table of patches, README.md beside it."""
 
 from __future__ import annotations
 

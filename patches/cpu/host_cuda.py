@@ -146,7 +146,11 @@ def host_cuda() -> types.ModuleType:
         get_device_name=lambda device=None: "CPU",
         get_device_capability=lambda device=None: CAPABILITY,
         get_device_properties=lambda device=None: types.SimpleNamespace(
-            name="CPU", major=CAPABILITY[0], minor=CAPABILITY[1], multi_processor_count=1, total_memory=0
+            name="CPU",
+            major=CAPABILITY[0],
+            minor=CAPABILITY[1],
+            multi_processor_count=1,
+            total_memory=0,
         ),
         Stream=HostStream,
         ExternalStream=HostStream,

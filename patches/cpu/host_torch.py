@@ -21,7 +21,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-
 from megatron_k2.patches.cpu.host_collectives import all_gather, reduce_scatter
 from megatron_k2.patches.cpu.host_cuda import HOST, host_cuda
 from megatron_k2.patches.patch import Patch
@@ -71,7 +70,7 @@ class _HostDeviceType(type):
         return isinstance(instance, torch.device)
 
     def __call__(cls, *args: Any, **kwargs: Any) -> torch.device:
-        if args and _is_cuda(args[0]) or _is_cuda(kwargs.get("type", "")):
+        if (args and _is_cuda(args[0])) or _is_cuda(kwargs.get("type", "")):
             return HOST
         return torch.device(*args, **kwargs)
 
@@ -146,7 +145,7 @@ def _uncompiled(value: Any) -> Any:
 
 
 class HostView(importlib.abc.MetaPathFinder):
-    """Gives ``torch`` inside ``megatron.*`` modules the host's meaning, now and at later imports."""
+    """Gives ``torch`` in ``megatron.*`` modules the host's meaning, now and at later imports."""
 
     def __init__(self) -> None:
         self._changed: list[tuple[Any, str, Any]] = []

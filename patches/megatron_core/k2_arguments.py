@@ -1,9 +1,9 @@
 """Megatron's argument parser, configuration class and validation, with K2's added.
 
-Three patches, because the stock script calls ``parse_and_validate_args`` without a place to add
+Four patches, because the stock script calls ``parse_and_validate_args`` without a place to add
 arguments: the parser gains the ``--k2-*`` flags and the preset's defaults, the validation is framed
-by ours, and ``core_transformer_config_from_args`` builds ``K2TransformerConfig``. All are inert
-for a run without ``--k2-preset`` or other K2 flags.
+by ours, ``core_transformer_config_from_args`` builds ``K2TransformerConfig``, and the tokenizer is
+held against the model and the data once it is built. All are inert for a run without K2 flags.
 """
 
 from __future__ import annotations
@@ -43,6 +43,26 @@ def _with_k2_config(original: type) -> Any:
     from megatron_k2.model.config import K2TransformerConfig
 
     return K2TransformerConfig
+
+
+def _with_k2_vocabulary(original: Callable[..., None]) -> Any:
+    def _build_tokenizer(args: argparse.Namespace) -> None:
+        """Build the tokenizer, then check the vocabulary."""
+        from megatron.training.global_vars import get_tokenizer
+
+        from megatron_k2.inputs import check_vocabulary
+
+        original(args)
+        check_vocabulary(args, get_tokenizer())
+
+    return _build_tokenizer
+
+
+def _vocabulary_unchecked() -> bool:
+    """Upstream pads the tokenizer's vocabulary and compares it with nothing."""
+    from megatron.core.tokenizers.utils import build_tokenizer
+
+    return "raise" not in inspect.getsource(build_tokenizer._set_padded_vocab_size)
 
 
 def _no_hook() -> bool:
@@ -95,6 +115,17 @@ PATCHES = (
         remove_when="config_class wins over multi_latent_attention",
         still_needed=_config_is_fixed,
         importers=None,
+        **_RANGE,
+    ),
+    Patch(
+        id="k2-vocabulary",
+        target="megatron.training.global_vars:_build_tokenizer",
+        replacement=_with_k2_vocabulary,
+        fingerprint="4f6e73c7794f",
+        why="a vocabulary that differs from preset or data ends in an index error, or in nothing",
+        upstream="megatron/training/global_vars.py:196",
+        remove_when="upstream compares tokenizer, model and data",
+        still_needed=_vocabulary_unchecked,
         **_RANGE,
     ),
 )

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-
 from megatron_k2.patches.patch import Patch
 
 _LINE = "max attention logit"
@@ -47,7 +46,9 @@ def _replacement(original: Callable[..., float]) -> Any:
 
 
 def _with_max_in_line(original: Callable[..., bool]) -> Any:
-    def training_log(loss_dict: dict[str, Any], total: dict[str, Any], *args: Any, **kw: Any) -> Any:
+    def training_log(
+        loss_dict: dict[str, Any], total: dict[str, Any], *args: Any, **kw: Any
+    ) -> Any:
         """Log an iteration; the line also holds the largest logit since the last line."""
         # Positions after total_loss_dict: learning rate, iteration, loss scale, memory flag,
         # skipped, gradient norm, parameter norm, zeros, maximum logit.

@@ -90,15 +90,18 @@ def megatron_step(args: Any, stock: bool, weights: str) -> Step:
     """
     import dataclasses
 
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
     from megatron.core.models.gpt import GPTModel
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.transformer.module import Float16Module
     from megatron.training.arguments import core_transformer_config_from_args
+    from megatron_k2.patches.cpu.host_torch import host_torch
 
     from megatron_k2.model.specs import get_k2_layer_specs
-    from megatron_k2.patches.cpu.host_torch import host_torch
 
     config = core_transformer_config_from_args(args)
     if stock:
@@ -191,7 +194,7 @@ def hf_step(args: Any, experts: str, weights: str) -> Step:
 
 
 def batch(args: Any, index: int) -> tuple[Tensor, Tensor]:
-    """Return microbatch ``index``: tokens and labels, int64 [sequences, tokens], Zipf-distributed."""
+    """Return microbatch ``index``, tokens and labels by Zipf's law, int64 [sequences, tokens]."""
     generator = torch.Generator().manual_seed(index)
     ranks = torch.arange(1, args.vocab_size + 1, dtype=torch.float64)
     shape = (args.micro_batch_size, args.seq_length + 1)
@@ -224,7 +227,7 @@ def main() -> None:
 
 
 def profiled(step: Step, data: tuple[Tensor, Tensor]) -> dict[str, Any]:
-    """Run one step under torch's profiler; return self times in seconds of the costliest kernels."""
+    """Run one step under torch's profiler; return the costliest kernels' self times in seconds."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         loss = step(*data)
     events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)

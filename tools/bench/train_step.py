@@ -37,7 +37,7 @@ class Contestant:
 
     def __init__(self, name: str, options: argparse.Namespace, weights: Path) -> None:
         self.name = name
-        self.log = tempfile.TemporaryFile("w+")
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  open as long as the process
         sizes = (options.preset, str(options.sequences), str(options.tokens), str(weights))
         root = HERE.parents[1]
         environment = os.environ | {

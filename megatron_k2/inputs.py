@@ -1,0 +1,99 @@
+"""Checks of a run's data and vocabulary, before anything is built on them.
+
+Upstream fails late on these: a missing prefix inside the dataset builder on some ranks, a token
+outside the vocabulary as an index error in the embedding. Each check raises ``UsageError`` with the
+value, what is allowed and the flag.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy
+
+_DATA_FLAGS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
+_SAMPLED_BYTES = 4 << 20
+"""Read from each end of a .bin file: enough to meet a foreign tokenizer's ids, fast at any size."""
+
+
+class UsageError(ValueError):
+    """A user's input that cannot work; the message is one line and names the flag."""
+
+
+def data_prefixes(args: Any) -> Iterator[tuple[str, str]]:
+    """Yield (flag, prefix) of every dataset on the command line; blend weights are left out."""
+    for name in _DATA_FLAGS:
+        for item in getattr(args, name, None) or ():
+            if not _is_weight(item):
+                yield "--" + name.replace("_", "-"), item
+
+
+def check_data_files(args: Any) -> None:
+    """Check that every dataset prefix names a ``.bin`` and ``.idx`` file that is not empty.
+
+    Raises:
+        UsageError: a file is missing or empty.
+    """
+    for flag, prefix in data_prefixes(args):
+        for suffix in (".bin", ".idx"):
+            path = prefix + suffix
+            if not os.path.exists(path):
+                raise UsageError(
+                    f"{flag} {prefix}: {path} does not exist; give the prefix of a .bin/.idx pair"
+                )
+            if os.path.getsize(path) == 0:
+                raise UsageError(f"{flag} {prefix}: {path} is empty; tokenise a text that is not")
+
+
+def check_vocabulary(args: Any, tokenizer: Any) -> None:
+    """Check that tokenizer, preset and data speak of the same vocabulary.
+
+    Args:
+        args: validated arguments with ``padded_vocab_size`` set.
+        tokenizer: has ``vocab_size``.
+
+    Raises:
+        UsageError: the preset's vocabulary differs from the tokenizer's, an explicit
+            ``--vocab-size`` is too small for it, or the data holds ids outside it.
+    """
+    size = int(tokenizer.vocab_size)
+    explicit = "vocab_size" in getattr(args, "k2_explicit", ())
+    if args.k2_preset and not explicit and args.vocab_size not in (None, size):
+        raise UsageError(
+            f"--k2-preset {args.k2_preset} has a vocabulary of {args.vocab_size}, the tokenizer "
+            f"{args.tokenizer_type} one of {size}; give --vocab-size {size} to build the model for "
+            "the tokenizer, or another --tokenizer-model"
+        )
+    if explicit and size > args.padded_vocab_size:
+        raise UsageError(
+            f"--vocab-size {args.vocab_size} is smaller than the tokenizer's {size} entries"
+        )
+    for flag, prefix in data_prefixes(args):
+        largest = _largest_sampled_id(prefix)
+        if largest >= args.padded_vocab_size:
+            raise UsageError(
+                f"{flag} {prefix} holds token {largest}, outside the vocabulary of "
+                f"{args.padded_vocab_size}; tokenise it with this --tokenizer-model"
+            )
+
+
+def _largest_sampled_id(prefix: str) -> int:
+    """Return the largest token id in the first and last megabytes of a dataset."""
+    from megatron.core.datasets.indexed_dataset import DType
+
+    with open(prefix + ".idx", "rb") as index:
+        index.seek(9 + 8)  # magic and version: indexed_dataset.py, _INDEX_HEADER
+        dtype = DType.dtype_from_code(index.read(1)[0])
+    tokens = numpy.memmap(prefix + ".bin", dtype=dtype, mode="r")
+    count = _SAMPLED_BYTES // tokens.itemsize
+    return int(max(tokens[:count].max(), tokens[-count:].max()))
+
+
+def _is_weight(item: str) -> bool:
+    try:
+        float(item)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,179 @@
+"""Presets lie under explicit flags; what cannot work is refused in one line that names the flag."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import megatron_k2
+
+megatron_k2.register("cpu")
+
+from megatron_k2.arguments import validate_k2_args  # noqa: E402
+from megatron_k2.inputs import UsageError  # noqa: E402
+
+BASE = ["--micro-batch-size", "2", "--mock-data", "--tokenizer-type", "NullTokenizer"]
+
+
+def parse(monkeypatch: pytest.MonkeyPatch, *argv: str) -> argparse.Namespace:
+    """Parse a command line as the stock script does, through Megatron's own function."""
+    from megatron.training.arguments import parse_args
+
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *BASE, *argv])
+    return parse_args()
+
+
+def validated(monkeypatch: pytest.MonkeyPatch, *argv: str) -> argparse.Namespace:
+    args = parse(monkeypatch, *argv)
+    validate_k2_args(args)
+    return args
+
+
+def test_preset_lays_its_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = validated(monkeypatch, "--k2-preset", "k2-nano")
+    assert (args.num_layers, args.num_experts, args.moe_router_topk) == (6, 32, 4)
+    assert args.moe_layer_freq == [0, 1, 1, 1, 1, 1]
+    assert args.beta_fast == 1.0
+    assert args.spec == ["megatron_k2.model.specs", "get_k2_decoder_block_spec"]
+
+
+def test_explicit_flag_wins_over_the_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = validated(monkeypatch, "--k2-preset", "k2-nano", "--hidden-size", "128")
+    assert args.hidden_size == 128
+    assert args.num_experts == 32
+
+
+def test_without_a_preset_the_model_is_megatrons(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = validated(monkeypatch, "--num-layers", "2", "--hidden-size", "64")
+    assert args.spec is None
+    assert args.num_experts is None
+
+
+def test_host_gets_gloo_local_modules_and_its_number_format(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from megatron_k2 import device
+
+    args = validated(monkeypatch, "--k2-preset", "k2-micro")
+    assert args.distributed_backend == "gloo"
+    assert args.transformer_impl == "local"
+    assert args.bf16 == device.host_has_fast_bf16()
+    assert not validated(monkeypatch, "--k2-preset", "k2-micro", "--k2-precision", "fp32").bf16
+    assert validated(monkeypatch, "--k2-preset", "k2-micro", "--bf16").bf16
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--k2-preset", "k2-nana"], r"--k2-preset 'k2-nana' is unknown; known are .*k2-nano"),
+        (
+            ["--k2-preset", "k2-nano", "--num-layers", "4"],
+            r"--num-layers 4 contradicts --moe-layer-freq of 6 layers from --k2-preset k2-nano",
+        ),
+        (
+            ["--k2-preset", "k2-nano", "--expert-model-parallel-size", "5"],
+            r"--expert-model-parallel-size 5 must divide .*32",
+        ),
+        (
+            ["--k2-preset", "k2-nano", "--moe-router-topk", "64"],
+            r"--moe-router-topk 64 is more than --num-experts 32",
+        ),
+        (
+            ["--k2-preset", "k2-nano", "--pipeline-model-parallel-size", "4"],
+            r"--pipeline-model-parallel-size.*(processes|process)",
+        ),
+        (
+            ["--k2-preset", "k2-nano", "--distributed-backend", "nccl"],
+            r"--distributed-backend nccl",
+        ),
+        (
+            ["--k2-preset", "k2-nano", "--transformer-impl", "transformer_engine"],
+            r"--transformer-impl transformer_engine needs a GPU and --k2-device is cpu",
+        ),
+        (
+            ["--k2-preset", "k2-nano", "--fp8-format", "e4m3"],
+            r"--fp8-format e4m3 needs a GPU",
+        ),
+        (["--data-path", "no/such/corpus"], r"--data-path no/such/corpus: .*\.bin does not exist"),
+    ],
+)
+def test_bad_input_is_refused_with_value_range_and_flag(
+    monkeypatch: pytest.MonkeyPatch, argv: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        validated(monkeypatch, *argv)
+    assert "\n" not in str(caught.value)
+    assert isinstance(caught.value, UsageError)
+
+
+def test_absent_gpu_is_named() -> None:
+    from megatron_k2 import device
+
+    with pytest.raises(ValueError, match="--k2-device cuda: torch sees no GPU"):
+        device.resolve_device("cuda")
+
+
+def _dataset(folder: Path, tokens: list[int]) -> str:
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    prefix = str(folder / "corpus")
+    builder = IndexedDatasetBuilder(prefix + ".bin")
+    builder.add_item(torch.tensor(tokens))
+    builder.end_document()
+    builder.finalize(prefix + ".idx")
+    return prefix
+
+
+@pytest.mark.parametrize(
+    ("changes", "size", "message"),
+    [
+        ({}, 5000, r"--k2-preset k2-nano has a vocabulary of 4096, the tokenizer .* one of 5000"),
+        ({"k2_explicit": ("vocab_size",)}, 5000, r"--vocab-size 4096 is smaller than .* 5000"),
+        ({}, 4096, r"--train-data-path .* holds token 4099, outside the vocabulary of 4096"),
+    ],
+)
+def test_vocabulary_that_does_not_match_is_refused(
+    tmp_path: Path, changes: dict[str, object], size: int, message: str
+) -> None:
+    from megatron_k2.inputs import check_vocabulary
+
+    fields = {
+        "k2_preset": "k2-nano",
+        "vocab_size": 4096,
+        "padded_vocab_size": 4096,
+        "tokenizer_type": "SentencePieceTokenizer",
+        "train_data_path": [_dataset(tmp_path, [1, 4099, 3])],
+        "k2_explicit": (),
+    }
+    args = argparse.Namespace(**(fields | changes))
+    with pytest.raises(UsageError, match=message):
+        check_vocabulary(args, argparse.Namespace(vocab_size=size))
+
+
+def test_empty_dataset_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    prefix = tmp_path / "corpus"
+    for suffix in (".bin", ".idx"):
+        prefix.with_suffix(suffix).touch()
+    with pytest.raises(UsageError, match=r"--train-data-path .*corpus\.bin is empty"):
+        validated(monkeypatch, "--train-data-path", str(prefix))
+
+
+def test_runner_prints_one_line_and_leaves_with_status_2() -> None:
+    command = [sys.executable, "-W", "ignore", "-m", "megatron_k2.training.pretrain", *BASE]
+    done = subprocess.run(
+        [*command, "--k2-preset", "k2-nano", "--expert-model-parallel-size", "5"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"RANK": "0", "WORLD_SIZE": "1"},
+        timeout=120,
+    )
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if "error" in line]
+    assert len(errors) == 1 and errors[0].startswith("megatron_k2: error: --expert-model-parallel")
+    assert "Traceback" not in done.stderr
