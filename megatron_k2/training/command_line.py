@@ -17,9 +17,9 @@ def run_as_command(main: Callable[[], Any]) -> int:
         main: what to run once K2 is registered.
     """
     import megatron_k2
-    from megatron_k2.arguments import UsageError
-    from megatron_k2.checkpoint.intact import DamagedCheckpointError
+    from megatron_k2.checkpoint.intact import CheckpointRefused
     from megatron_k2.checkpoint.save_outcome import exit_code_of_last_save
+    from megatron_k2.inputs import UsageError
 
     rank = os.environ.get("RANK", "0")
     try:
@@ -29,7 +29,7 @@ def run_as_command(main: Callable[[], Any]) -> int:
     try:
         with exit_code_of_last_save():
             main()
-    except (UsageError, DamagedCheckpointError) as error:
+    except (UsageError, CheckpointRefused) as error:
         return _refuse(rank, error)
     return 0
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -122,7 +122,7 @@ def forward_step(
     inputs = (batch["tokens"], batch["position_ids"], batch["attention_mask"])
     run = model.build_schedule_plan if return_schedule_plan else model
     output = run(*inputs, labels=batch["labels"], loss_mask=batch["loss_mask"])
-    return output, partial(loss_func, batch["loss_mask"])
+    return output, partial(loss_func, cast("Tensor", batch["loss_mask"]))
 
 
 def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, ...]:

@@ -19,7 +19,7 @@ _NAMES = {
 }
 
 
-def with_constants(function: types.FunctionType, names: dict[str, str]) -> types.FunctionType:
+def with_constants(function: Any, names: dict[str, str]) -> types.FunctionType:
     """Return a copy of ``function`` whose string constants are replaced as ``names`` says."""
 
     def swap(constant: Any) -> Any:
