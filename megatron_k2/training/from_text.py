@@ -142,7 +142,9 @@ def plan_stage(job: Job, args: argparse.Namespace, lock: int) -> dict[str, Any]:
     if plan is None:
         say("probe", "measuring speed and the held-out loss before training (about 30 s)")
         plan = {**_probe(job, lock), "settings": settings, "tokens": _marker_hash(job.tokens)}
-        plan["train_iters"] = args.train_iters or _steps(plan, args.minutes or DEFAULT_MINUTES)
+        plan["train_iters"] = args.train_iters or planned_steps(
+            plan, args.minutes or DEFAULT_MINUTES
+        )
     else:
         changed = [key for key in settings if plan["settings"].get(key) != settings[key]]
         if changed:
@@ -150,7 +152,7 @@ def plan_stage(job: Job, args: argparse.Namespace, lock: int) -> dict[str, Any]:
                 f"--output {job.output}: holds a run with other {', '.join(changed)}; "
                 "give another --output, or remove the folder to begin again"
             )
-        wanted = args.train_iters or (_steps(plan, args.minutes) if args.minutes else 0)
+        wanted = args.train_iters or (planned_steps(plan, args.minutes) if args.minutes else 0)
         plan["train_iters"] = max(plan["train_iters"], wanted)
     stages.write_json(path, plan)
     tokens = plan["train_iters"] * job.settings.tokens_per_iteration
@@ -172,7 +174,7 @@ def _probe(job: Job, lock: int) -> dict[str, Any]:
     }
 
 
-def _steps(plan: dict[str, Any], minutes: float) -> int:
+def planned_steps(plan: dict[str, Any], minutes: float) -> int:
     """Return how many steps fit, with the evaluations and checkpoints between them."""
     left_s = minutes * 60 - NUM_EVALUATIONS * plan["evaluation_s"]
     return max(20, int(max(left_s, minutes * 30) / plan["seconds_per_iteration"]))

@@ -41,6 +41,23 @@ class Settings:
         return self.seq_length * self.global_batch_size
 
 
+def log_interval(train_iters: int, seconds_per_iteration: float) -> int:
+    """Return the steps between progress lines: one every few seconds, ten a run at least."""
+    wanted = round(PROGRESS_EVERY_S / seconds_per_iteration)
+    return max(1, min(wanted, train_iters // 10))
+
+
+def eval_interval(train_iters: int) -> int:
+    """Return the steps between evaluations, never a divisor of `train_iters`.
+
+    Megatron evaluates once more after the last step, so a divisor would do it twice there.
+    """
+    interval = -(-train_iters // NUM_EVALUATIONS)
+    while interval <= train_iters and train_iters % interval == 0:
+        interval += 1
+    return interval
+
+
 @dataclass(frozen=True)
 class Job:
     """Folders of a run and its command lines."""
@@ -125,9 +142,8 @@ class Job:
             *("--save-interval", str(max(1, round(CHECKPOINT_EVERY_S / seconds_per_iteration)))),
             *("--tensorboard-dir", str(self.tensorboard), "--tensorboard-log-interval", "1"),
             "--log-timers-to-tensorboard",
-            *("--log-interval", str(max(1, round(PROGRESS_EVERY_S / seconds_per_iteration)))),
-            # Not a divisor of train_iters: Megatron evaluates once more at the end anyway.
-            *("--eval-interval", str(train_iters // NUM_EVALUATIONS + 1)),
+            *("--log-interval", str(log_interval(train_iters, seconds_per_iteration))),
+            *("--eval-interval", str(eval_interval(train_iters))),
             "--exit-signal-handler",
         ]
         if (self.checkpoints / "latest_checkpointed_iteration.txt").exists():

@@ -24,8 +24,9 @@ _ITERATION = re.compile(r"iteration\s+(\d+)/\s*(\d+) \|")
 _FIELD = re.compile(r"\| ([A-Za-z][^|:]*?): +([-+\d.]+(?:E[-+]\d+)?)(?= \|)", re.IGNORECASE)
 _VALIDATION = re.compile(r"validation\S* loss at iteration (\d+) .*?lm loss value: ([-+\d.E]+)")
 _USER_ERROR = re.compile(r"megatron_k2: error: (.*)")
+_TORCHRUN_ENDS = "torch/distributed/elastic/multiprocessing/api.py"  # its own report follows
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-LAST_LINES = 15  # of the log, shown when a run fails
+LAST_LINES = 8  # of the log, shown when a run fails
 
 
 @dataclass(frozen=True)
@@ -128,13 +129,14 @@ def run_module(
         preexec_fn=_end_with_parent,
         start_new_session=True,
     )
-    result, tail, refused = RunLog(), [""], ""
+    result, tail, refused, ended = RunLog(), [""], "", False
     with _signals_passed_to(process) as stopped, log.open("a", encoding="utf-8") as file:
         assert process.stdout is not None
         for line in process.stdout:
             file.write(line)
             file.flush()
-            tail = [*tail[-LAST_LINES:], line]
+            ended = ended or _TORCHRUN_ENDS in line
+            tail = tail if ended else [*tail[-LAST_LINES:], line]
             if found := _USER_ERROR.search(line):
                 refused = found.group(1)
             _read_line(line, result, tokens_per_iteration)

@@ -119,4 +119,5 @@ def _heldout_prompt(corpus: Path) -> str:
     """Return the beginning of the first held-out document that is long enough."""
     texts = read_texts(corpus / "heldout.jsonl")
     text = next((text for text in texts if len(text) > 4 * PROMPT_CHARS), "\n")
-    return text[:PROMPT_CHARS].rpartition("\n")[0] or text[:PROMPT_CHARS]
+    lines, line_feed, _ = text[:PROMPT_CHARS].rpartition("\n")
+    return lines + line_feed or text[:PROMPT_CHARS]
