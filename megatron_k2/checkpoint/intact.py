@@ -30,8 +30,16 @@ _DIRECTORY = re.compile(r"iter_(\d{7,})")
 _CHUNK_BYTES = 1 << 22
 
 
-class DamagedCheckpointError(ValueError):
-    """The checkpoint that was asked for is not whole; the message names the file and a way out."""
+class CheckpointRefused(ValueError):
+    """The checkpoint that was asked for cannot be loaded; one line with the flag to change."""
+
+
+class DamagedCheckpointError(CheckpointRefused):
+    """It is not whole; the message names the file and an intact checkpoint."""
+
+
+class LayoutMismatchError(CheckpointRefused):
+    """Its optimizer state fits another parallel layout only."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ no such effect (``--ckpt-fully-parallel-save``), or fails on a missing key.
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +42,20 @@ def require_intact(save_dir: str, iteration: int | None, level: str = "full") ->
     if level == "off":
         return
     distributed = torch.distributed.is_initialized()
-    iteration = iteration or _tracked_iteration(save_dir)
+    rank = torch.distributed.get_rank() if distributed else int(os.environ.get("RANK", "0"))
+    iteration = iteration or _tracked_iteration(save_dir, is_first=rank == 0)
     if iteration is None or (save_dir, iteration) in _verified:
         return
-    rank = torch.distributed.get_rank() if distributed else 0
     if rank == 0:
         intact.restore_replaced(intact.iteration_directory(save_dir, iteration))
+    _broadcast(None)  # nobody reads before the directory is in place
     if not distributed:
         problems = intact.verify(save_dir, iteration, "size")
     else:
         problems = _verify_together(save_dir, iteration, level)
     if problems:
-        way_out = _broadcast(intact.offer(save_dir, level) if rank == 0 else None)
+        offered = intact.offer(save_dir, level) if rank == 0 or not distributed else None
+        way_out = _broadcast(offered)
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise intact.DamagedCheckpointError(
             f"checkpoint of iteration {iteration} in {save_dir} is damaged: {problems[0]}{more}; "
@@ -76,7 +79,7 @@ def require_same_layout(common_state: dict[str, Any], args: argparse.Namespace) 
         args: the present arguments.
 
     Raises:
-        ValueError: it is, and the layout has changed; with both values and the flags.
+        LayoutMismatchError: it is, and the layout has changed; with both values and the flags.
     """
     saved = common_state.get("args")
     metadata = common_state.get("content_metadata") or {}
@@ -87,7 +90,7 @@ def require_same_layout(common_state: dict[str, Any], args: argparse.Namespace) 
     for name, flag in _LAYOUT_FLAGS.items():
         before, now = getattr(saved, name, None), getattr(args, name, None)
         if before != now:
-            raise ValueError(
+            raise intact.LayoutMismatchError(
                 f"{flag} {now}: the checkpoint was saved with {before} and its optimizer state "
                 f"fits no other value; use {flag} {before}, or save it there once more with "
                 "--dist-ckpt-optim-fully-reshardable, or drop the state with --no-load-optim"
@@ -99,8 +102,12 @@ def forget() -> None:
     _verified.clear()
 
 
-def _tracked_iteration(save_dir: str) -> int | None:
+def _tracked_iteration(save_dir: str, is_first: bool) -> int | None:
     """Return what the tracker file names; None if there is none or it names a release.
+
+    Args:
+        save_dir: directory of the tracker file.
+        is_first: whether this process speaks for all.
 
     Raises:
         DamagedCheckpointError: it names nothing.
@@ -108,7 +115,7 @@ def _tracked_iteration(save_dir: str) -> int | None:
     tracker = Path(save_dir) / intact.TRACKER
     if not tracker.is_file():
         newest = intact.find_newest_intact(save_dir, "size")
-        if newest is not None:
+        if newest is not None and is_first:
             print(
                 f"note: {tracker} is missing, so that training starts anew; "
                 f"{intact.offer(save_dir, 'size')}",

@@ -46,9 +46,8 @@ _state = _State()
 
 def note_failure(path: str | os.PathLike, error: BaseException) -> None:
     """Remember that this rank could not write ``path``; thread-safe, no communication."""
-    cause = getattr(error, "strerror", None) or str(error) or type(error).__name__
     with _state.lock:
-        _state.failures.append(f"{os.fspath(path)}: {cause}")
+        _state.failures.append(f"{os.fspath(path)}: {_cause(error)}")
 
 
 def note_file(path: str | os.PathLike) -> None:
@@ -174,10 +173,18 @@ def _exchange(
 
 
 def _cause(error: BaseException) -> str:
-    """Return the innermost message of what upstream raised."""
-    wrapped = getattr(error, "failures", None)  # CheckpointException, filled on rank 0 only
-    if wrapped:
-        return str(next(iter(wrapped.values()))[0])
+    """Return the message of the operating system behind an error, or else the error's own.
+
+    ``torch.save`` raises "unexpected pos" over the ``OSError`` of a full disk; upstream's
+    ``CheckpointException`` holds what it wraps in ``failures`` (on rank 0 only).
+    """
+    if wrapped := getattr(error, "failures", None):
+        return _cause(next(iter(wrapped.values()))[0])
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, OSError):
+            return inner.strerror or str(inner)
+        inner = inner.__cause__ or inner.__context__
     return str(error) or type(error).__name__
 
 

@@ -1,8 +1,8 @@
 """Faults for one training, named by ``K2_TEST_FAULT`` and installed in the forked process.
 
-``slow:SECONDS`` delays every shard file until training has moved on; ``full:ITERATION:BYTES`` lets
-no file of that iteration's shards grow beyond so many bytes, as a full disk does (the kernel's own
-limit, so that the write really fails).
+``slow:SECONDS`` delays every shard file until training has moved on; ``full:ITERATIONS:BYTES``
+lets no shard file of those iterations grow beyond so many bytes, as a full disk does (by the
+kernel's own limit, so that the write really fails).
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ def install(fault: str) -> None:
     writer = filesystem_async.FileSystemWriterAsync
     original = writer.write_preloaded_data
 
-    def slow(transforms: list, index: int, bucket: tuple, *rest: Any, **named: Any) -> Any:
+    def slow(transform_list: list, **bucket: Any) -> Any:
         time.sleep(float(values[0]))
-        return original(transforms, index, bucket, *rest, **named)
+        return original(transform_list, **bucket)
 
-    def full(transforms: list, index: int, bucket: tuple, *rest: Any, **named: Any) -> Any:
-        if f"iter_{int(values[0]):07d}" not in os.fspath(bucket[0]):
-            return original(transforms, index, bucket, *rest, **named)
+    def full(transform_list: list, **bucket: Any) -> Any:
+        path = os.fspath(bucket["write_bucket"][0])
+        if not any(f"iter_{int(iteration):07d}" in path for iteration in values[0].split(",")):
+            return original(transform_list, **bucket)
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(values[1]), hard))
         try:
-            return original(transforms, index, bucket, *rest, **named)
+            return original(transform_list, **bucket)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 

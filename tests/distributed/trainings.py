@@ -9,8 +9,11 @@ file that survives ``kill -9``. Run as ``python -m tests.distributed.trainings A
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import faulthandler
+import functools
+import gc
 import importlib
 import inspect
 import os
@@ -26,40 +29,36 @@ from pathlib import Path
 from typing import Any
 
 START_TIMEOUT_S = 180
+# What a training imports on its way, so that no child pays for it.
+WARM = (
+    "megatron.core.datasets.gpt_dataset",
+    "megatron.core.tokenizers.text.text_tokenizer",
+    "megatron.training.checkpointing",
+    "megatron.training.training",
+    "megatron_k2.checkpoint.async_writer",
+    "megatron_k2.model.specs",
+    "megatron_k2.training.pretrain",
+    "torch._dynamo",
+    "torch.utils.tensorboard",
+)
 # A model of seconds: one dense and one MoE layer, fp32, no dropout, losses on every step.
-ARGUMENTS = tuple(
-    [
-        "--k2-device",
-        "cpu",
-        "--k2-preset",
-        "k2-micro",
-        "--k2-precision",
-        "fp32",
-        "--mock-data",
-        "--tokenizer-type",
-        "NullTokenizer",
-        "--vocab-size",
-        "1023",
-        "--use-distributed-optimizer",
-        "--micro-batch-size",
-        "1",
-        "--global-batch-size",
-        "4",
-        "--seq-length",
-        "32",
-        "--lr",
-        "1e-3",
-        "--log-interval",
-        "1",
-        "--eval-iters",
-        "0",
-        "--eval-interval",
-        "100000",
-        "--num-workers",
-        "0",
-        "--dist-ckpt-optim-fully-reshardable",
-        "--no-k2-max-attention-logit",
-    ]
+ARGUMENTS = (
+    "--k2-device=cpu",
+    "--k2-preset=k2-micro",
+    "--k2-precision=fp32",
+    "--no-k2-max-attention-logit",
+    "--mock-data",
+    "--tokenizer-type=NullTokenizer",
+    "--vocab-size=1023",
+    "--num-workers=0",
+    "--seq-length=32",
+    "--micro-batch-size=1",
+    "--global-batch-size=4",
+    "--lr=1e-3",
+    "--use-distributed-optimizer",
+    "--dist-ckpt-optim-fully-reshardable",
+    "--log-interval=1",
+    "--eval-iters=0",
 )
 
 
@@ -76,7 +75,7 @@ class Training:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, sig)
 
-    def wait(self, timeout_s: float = 90.0) -> list[int | None]:
+    def wait(self, timeout_s: float = 240.0) -> list[int | None]:
         """Wait until every rank has ended; return exit codes, None for a killed rank."""
         deadline = time.monotonic() + timeout_s
         for watched in self._watched:
@@ -94,7 +93,7 @@ class Training:
         """Return whether some rank has ended."""
         return bool(select.select(self._watched, [], [], 0)[0])
 
-    def wait_for(self, text: str, timeout_s: float = 60.0) -> None:
+    def wait_for(self, text: str, timeout_s: float = 120.0) -> None:
         """Wait until the output holds a text."""
         deadline = time.monotonic() + timeout_s
         while text not in self.output():
@@ -160,6 +159,14 @@ class Zygote:
         self.folder.cleanup()
 
 
+@functools.cache
+def zygote() -> Zygote:
+    """Return the one warm process of this pytest session."""
+    warm = Zygote()
+    atexit.register(warm.close)
+    return warm
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -177,8 +184,10 @@ def serve(address: str) -> None:
     import megatron_k2
 
     megatron_k2.register("cpu")
-    for module in ("megatron.training", "megatron_k2.model.specs", "megatron_k2.training.pretrain"):
+    for module in WARM:
         importlib.import_module(module)
+    gc.collect()
+    gc.freeze()  # a collection in a child then skips what is shared
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
     client = Client(address, family="AF_UNIX")
@@ -239,15 +248,14 @@ def _run(folder: Path) -> int:
     log = training.training_log
     signature = inspect.signature(log)
 
-    def log_losses(
-        loss_dict: dict, total: Any, rate: Any, iteration: int, *rest: Any, **named: Any
-    ):
-        norm = rest[3]
-        if loss_dict:
-            values = " ".join(float(value).hex() for value in loss_dict.values())
+    def log_losses(*args: Any, **kwargs: Any) -> Any:
+        called = signature.bind(*args, **kwargs).arguments
+        if called["loss_dict"]:
+            values = [*called["loss_dict"].values(), called["grad_norm"]]
+            exact = " ".join(float(value).hex() for value in values)
             with (folder / "losses").open("a") as stream:
-                stream.write(f"{iteration} {values} {float(norm).hex()}\n")
-        return log(loss_dict, total, rate, iteration, *rest, **named)
+                stream.write(f"{called['iteration']} {exact}\n")
+        return log(*args, **kwargs)
 
     training.training_log = log_losses
     return run_as_command(pretrain.main)

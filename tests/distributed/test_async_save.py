@@ -1,0 +1,54 @@
+"""An asynchronous save holds the weights of its own step, however long the writing takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megatron_k2.checkpoint import intact
+from tests.distributed.trainings import tensors_of, zygote
+
+EP2 = "--expert-model-parallel-size=2"
+ASYNC = ("--async-save", "--use-persistent-ckpt-worker", "--async-strategy=mcore")
+SCHEDULE = ("--train-iters=7", "--save-interval=2")
+
+
+def test_slow_asynchronous_saves_hold_the_weights_of_their_own_step(tmp_path: Path) -> None:
+    """Every shard is written after the next step has changed the live weights in place."""
+    at_once, later = tmp_path / "sync", tmp_path / "async"
+    slow = {"K2_TEST_FAULT": "slow:0.5"}
+    runs = (
+        zygote().train(EP2, *SCHEDULE, f"--save={at_once}"),
+        zygote().train(EP2, *SCHEDULE, *ASYNC, f"--save={later}", environment=slow),
+    )
+    for run in runs:
+        assert run.wait() == [0, 0], run.output()
+    assert runs[0].losses() == runs[1].losses()
+    text = runs[1].output()
+    scheduled = text.index("scheduled an async checkpoint save at iteration       2")
+    stepped = text.index("iteration        3/")
+    assert scheduled < stepped < text.index("successfully saved checkpoint from iteration       2")
+    for iteration in (2, 4, 6, 7):
+        assert intact.verify(later, iteration) == []
+        assert intact.has_manifest(later, iteration)
+        expected, found = (
+            tensors_of(intact.iteration_directory(root, iteration)) for root in (at_once, later)
+        )
+        for name, tensor in expected.items():
+            assert torch.equal(tensor, found[name]), (iteration, name)
+
+
+def test_failed_asynchronous_save_is_reported_and_the_next_one_succeeds(tmp_path: Path) -> None:
+    full = {"K2_TEST_FAULT": "full:4:100000"}
+    run = zygote().train(EP2, *SCHEDULE, *ASYNC, f"--save={tmp_path}", environment=full)
+    assert run.wait() == [0, 0], run.output()
+    text = run.output()
+    assert text.count("ERROR: checkpoint") == 1
+    assert (
+        f"ERROR: checkpoint {tmp_path}/iter_0000004 was not saved: {tmp_path}/iter_0000004/" in text
+    )
+    assert "File too large; training goes on, the last good checkpoint is iteration 2" in text
+    assert max(run.losses()) == 7
+    assert (tmp_path / intact.TRACKER).read_text() == "7"
+    assert intact.verify(tmp_path, 6) == [] and not (tmp_path / "iter_0000004").exists()
