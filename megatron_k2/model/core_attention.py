@@ -163,16 +163,18 @@ class K2CoreAttention(MaxLogitRecord, MegatronModule):
         lengths = [b - a for a, b in pairwise(bounds)]
         lengths.append(query.size(0) - bounds[-1])  # tokens after the last sequence
         true_lengths = [b - a for a, b in pairwise(true_bounds)]
-        padded = true_lengths != lengths[:-1]
-        if self._tiles(query, key, causal) and not padded:
-            output, maxima = tiled_causal_attention(query, key, value, self.softmax_scale, lengths)
-            if self.wants_max_logits():
-                self.record_max_logits_(maxima)
-            return output.flatten(1)
-        parts = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
-        outputs = [self._fused(q, k, v, causal, None, 1) for q, k, v in parts]
-        if self.wants_max_logits():
-            found = chunked_max_logits(
+        padded = [*true_lengths, 0] != lengths
+        record = self.wants_max_logits()
+        if self._tiles(query, key, causal):
+            output, maxima = tiled_causal_attention(
+                query, key, value, self.softmax_scale, lengths, with_max=record and not padded
+            )
+        else:
+            parts = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
+            output = torch.cat([self._fused(q, k, v, causal, None, 1) for q, k, v in parts])
+            padded = True  # nothing recorded yet
+        if record and padded:
+            maxima = chunked_max_logits(
                 query,
                 key,
                 self.softmax_scale,
@@ -180,8 +182,9 @@ class K2CoreAttention(MaxLogitRecord, MegatronModule):
                 starts=bounds[:-1],
                 lengths=true_lengths,
             )
-            self.record_max_logits_(found)
-        return torch.cat(outputs).flatten(1)
+        if record:
+            self.record_max_logits_(maxima)
+        return output.flatten(1)
 
     def _tiles(self, query: Tensor, key: Tensor, causal: bool) -> bool:
         """Tell whether the CPU tiles apply."""
@@ -192,12 +195,13 @@ class K2CoreAttention(MaxLogitRecord, MegatronModule):
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, batch: int
     ) -> Tensor:
         """Attend over [tokens, batch x heads, width] tensors and record the largest logits."""
+        record = self.wants_max_logits()
         if self._tiles(q, k, causal):
-            output, maxima = tiled_causal_attention(q, k, v, self.softmax_scale)
-            if self.wants_max_logits():
+            output, maxima = tiled_causal_attention(q, k, v, self.softmax_scale, with_max=record)
+            if record:
                 self.record_max_logits_(maxima)
             return output
-        if self.wants_max_logits():
+        if record:
             heads_mask = None
             if mask is not None:
                 heads_mask = mask.expand(batch, self.num_local_heads, -1, -1).flatten(0, 1)

@@ -28,6 +28,14 @@ from megatron_k2.model.mla import K2FusedMLASelfAttention, K2MLASelfAttention
 from megatron_k2.model.moe import get_k2_dense_mlp_spec, get_k2_moe_spec
 from megatron_k2.model.norm import K2RMSNorm
 
+# Checkpoints hold Transformer Engine's names, which fuses these norms into the linear after them,
+# so that a run begun on the local path resumes with Transformer Engine and the other way round.
+_NORM_KEYS = {
+    "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+    "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
+}
+_DENSE_NORM_KEYS = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+
 
 def get_k2_decoder_block_spec(
     model_config: Any, vp_stage: int | None = None
@@ -87,12 +95,15 @@ def _k2_layer(layer: ModuleSpec, config: MLATransformerConfig, use_te: bool) -> 
     stock = cast("TransformerLayerSubmodules", layer.submodules)
     submodules = copy.copy(stock)
     submodules.self_attention = _k2_attention(stock.self_attention, config, use_te)
-    if not use_te:
-        submodules.input_layernorm = K2RMSNorm
-        submodules.pre_mlp_layernorm = K2RMSNorm
     submodules.mlp = _k2_mlp(stock, config, use_te)
-    module = layer.module if use_te else K2TransformerLayer
-    return ModuleSpec(module=module, params=layer.params, submodules=submodules)
+    if use_te:
+        return ModuleSpec(module=layer.module, params=layer.params, submodules=submodules)
+    submodules.input_layernorm = K2RMSNorm
+    submodules.pre_mlp_layernorm = K2RMSNorm
+    submodules.sharded_state_dict_keys_map = dict(_NORM_KEYS)
+    if not _is_moe(stock):
+        submodules.sharded_state_dict_keys_map |= _DENSE_NORM_KEYS
+    return ModuleSpec(module=K2TransformerLayer, params=layer.params, submodules=submodules)
 
 
 def _k2_mlp(stock: TransformerLayerSubmodules, config: MLATransformerConfig, use_te: bool) -> Any:

@@ -88,6 +88,7 @@ class _TiledCausalAttention(torch.autograd.Function):
         value: Tensor,
         scale: float,
         lengths: tuple[int, ...],
+        with_max: bool,
     ) -> tuple[Tensor, Tensor]:
         num_heads = query.size(1)
         wide = torch.promote_types(query.dtype, torch.float32)
@@ -102,7 +103,8 @@ class _TiledCausalAttention(torch.autograd.Function):
             k_wide_t = k[heads, start:stop].to(wide).transpose(1, 2)
             for tile in _tiles(heads, start, stop):
                 logits = _masked_logits(q_wide, k_wide_t, tile, start, scale, upper)
-                maxima[heads] = torch.maximum(maxima[heads], logits.flatten(1).amax(1))
+                if with_max:
+                    maxima[heads] = torch.maximum(maxima[heads], logits.flatten(1).amax(1))
                 if stop - start <= KEEP_PROBABILITIES_TOKENS:
                     weights = torch.softmax(logits, -1).to(value.dtype)
                     probabilities.append(weights)
@@ -144,7 +146,7 @@ class _TiledCausalAttention(torch.autograd.Function):
                 _accumulate_tile_((d_q, d_k, d_v), (q, k, v, d_out), weights, rows, scale=ctx.scale)
             for grad, part in zip(grad_views, (d_q, d_k.mul_(ctx.scale), d_v), strict=True):
                 grad[heads, start:stop] = part
-        return *grads, None, None
+        return *grads, None, None, None
 
 
 def _accumulate_tile_(
@@ -174,6 +176,8 @@ def tiled_causal_attention(
     value: Tensor,
     softmax_scale: float,
     lengths: Sequence[int] | None = None,
+    *,
+    with_max: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Compute causal attention and each head's largest softmax input.
 
@@ -184,6 +188,7 @@ def tiled_causal_attention(
         softmax_scale: factor of ``q k^T``.
         lengths: lengths of the sequences packed along the first axis; their sum is ``tokens``.
             None means one sequence.
+        with_max: find the largest logits; without, they are -inf.
 
     Returns:
         The output [tokens, heads, v width] in the inputs' dtype, and the largest masked and scaled
@@ -200,5 +205,5 @@ def tiled_causal_attention(
     lengths = (query.size(0),) if lengths is None else tuple(lengths)
     if sum(lengths) != query.size(0):
         raise ValueError(f"sequence lengths {lengths} do not add up to {query.size(0)} tokens")
-    result = _TiledCausalAttention.apply(query, key, value, softmax_scale, lengths)
+    result = _TiledCausalAttention.apply(query, key, value, softmax_scale, lengths, with_max)
     return cast("tuple[Tensor, Tensor]", result)

@@ -91,13 +91,20 @@ def test_packed_sequences_do_not_see_each_other(
     assert grad[5:].eq(0).all() and grad[:5].ne(0).any()
 
 
-def test_padding_inside_a_pack_neither_attends_nor_counts() -> None:
+@pytest.mark.parametrize(("places", "first"), [([0, 8, 20], 8), (None, 5)])
+@pytest.mark.parametrize("path", ["tiles", "fused"])
+def test_padding_of_a_pack_neither_attends_nor_counts(
+    monkeypatch: pytest.MonkeyPatch, path: str, places: list[int] | None, first: int
+) -> None:
     attention = core_attention()
+    if path == "fused":
+        monkeypatch.setattr(attention, "_tiles", lambda *_: False)
     q, k, v = inputs(24)
+    keep = torch.cat((torch.arange(5), torch.arange(first, first + 12)))
+    padding = [i for i in range(24) if i not in keep]  # between the sequences and after them
     with torch.no_grad():
-        q[5:8], k[5:8], k[20:] = 50.0, 50.0, 50.0
-    found = attention(q, k, v, None, packed_seq_params=packed_params([0, 5, 17], [0, 8, 20]))
-    keep = torch.cat((torch.arange(5), torch.arange(8, 20)))
+        q[padding], k[padding] = 50.0, 50.0
+    found = attention(q, k, v, None, packed_seq_params=packed_params([0, 5, 17], places))
     expected = dense_causal_attention(q[keep], k[keep], v[keep], SCALE, (5, 12))
     torch.testing.assert_close(found[keep].double(), expected.flatten(1), rtol=1e-5, atol=1e-5)
     recorded = dense_max_logits(q[keep], k[keep], SCALE, (5, 12))

@@ -106,6 +106,23 @@ def test_builder_of_upstream_gets_the_same_block() -> None:
     assert [is_moe(layer) for layer in found.layer_specs] == [False, True, True]
 
 
+def test_checkpoint_holds_the_norms_under_transformer_engines_names() -> None:
+    from megatron_k2 import parallel
+
+    groups = parallel.get_pg_collection()
+    model = build_model(tiny_config())
+    found = model.sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp})
+    norms = {value.key for value in found.values() if "norm" in value.key}
+    fused = {"self_attention.linear_q_up_proj", "self_attention.linear_kv_up_proj"}
+    expected = {"decoder.final_layernorm.weight"}
+    for layer, dense in enumerate((True, False, False)):
+        inner = fused | {"mlp.linear_fc1"} if dense else fused
+        expected |= {f"decoder.layers.{layer}.{name}.layer_norm_weight" for name in inner}
+        expected |= {f"decoder.layers.{layer}.input_layernorm.weight"}
+        expected |= set() if dense else {f"decoder.layers.{layer}.pre_mlp_layernorm.weight"}
+    assert norms == expected
+
+
 def test_a_training_step_records_every_layer_and_head() -> None:
     from megatron_k2.model.core_attention import max_logits
 
