@@ -55,7 +55,7 @@ def iteration_directory(save_dir: str | Path, iteration: int) -> Path:
     return Path(save_dir) / f"iter_{iteration:07d}"
 
 
-def record_file(path: str | Path) -> FileRecord:
+def record_file(path: str | os.PathLike) -> FileRecord:
     """Read a file once and return its size and checksum.
 
     Raises:

@@ -14,8 +14,9 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from megatron_k2.checkpoint import save_outcome
 from megatron_k2.patches.patch import Patch
+
+from megatron_k2.checkpoint import save_outcome
 
 
 def _noting_writer(original: type) -> Any:
