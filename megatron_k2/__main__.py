@@ -1,13 +1,11 @@
 """``torchrun -m megatron_k2 SCRIPT ARGS``: register K2, then run a stock Megatron script unchanged.
 
 The script's own folder comes first on the path, as Python itself does it, so that a Megatron-LM
-checkout uses its own ``megatron`` package; set ``MEGATRON_LM_PATH`` to name another checkout, or
-``--k2-megatron wheel`` to keep the installed one.
+checkout uses its own ``megatron`` package; ``--k2-megatron wheel`` keeps the installed one in front.
 """
 
 from __future__ import annotations
 
-import os
 import runpy
 import sys
 from pathlib import Path
@@ -47,10 +45,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _set_path(folder: Path, root: str) -> None:
     """Order ``sys.path``: the checkout's folder first, or after the installed packages."""
-    checkout = Path(os.environ.get("MEGATRON_LM_PATH", folder))
-    entries = [str(folder)] if folder == checkout else [str(checkout), str(folder)]
-    rest = [entry for entry in sys.path if entry not in entries]
-    sys.path[:] = [*entries, *rest] if root == "checkout" else [*rest, *entries]
+    rest = [entry for entry in sys.path if entry != str(folder)]
+    sys.path[:] = [str(folder), *rest] if root == "checkout" else [*rest, str(folder)]
 
 
 if __name__ == "__main__":
