@@ -1,7 +1,7 @@
 """``torchrun -m megatron_k2 SCRIPT ARGS``: register K2, then run a stock Megatron script unchanged.
 
 The script's own folder comes first on the path, as Python itself does it, so that a Megatron-LM
-checkout uses its own ``megatron`` package; ``--k2-megatron wheel`` keeps the installed one in front.
+checkout uses its own ``megatron``; ``--k2-megatron wheel`` keeps the installed one in front.
 """
 
 from __future__ import annotations

@@ -69,7 +69,8 @@ def test_script_runs_with_the_megatron_it_was_asked_for(root: str, tmp_path: Pat
     package = tmp_path / "megatron" / "core"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
-    (package / "package_info.py").write_text("MAJOR, MINOR, PATCH = 0, 1, 0\n")
+    version = 'MAJOR = 0\nMINOR = 1\nPATCH = 0\nPRE_RELEASE = ""\n'
+    (package / "package_info.py").write_text(version)
     script = tmp_path / "script.py"
     script.write_text("import sys; print('ran with', sys.argv[1:])")
     done = subprocess.run(

@@ -17,6 +17,7 @@ FLOORS = {
     "presets": 1,
     "device": 1,
     "layouts": 1,
+    "inputs": 1,
     "fp8": 2,
     "checkpoint": 2,
     "arguments": 2,
