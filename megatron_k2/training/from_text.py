@@ -116,7 +116,7 @@ def tokens_stage(job: Job, vocab_size: int) -> dict[str, Any]:
             for split in ("train", "heldout")
         }
 
-    inputs = {"text": _marker_hash(job.corpus), "vocabulary": vocab_size}
+    inputs = {"text": marker_hash(job.corpus), "vocabulary": vocab_size}
     report, built = stages.run_stage(job.tokens, inputs, build)
     say(
         "tokens",
@@ -126,7 +126,8 @@ def tokens_stage(job: Job, vocab_size: int) -> dict[str, Any]:
     return report
 
 
-def _marker_hash(folder: Path) -> str:
+def marker_hash(folder: Path) -> str:
+    """Return a hash of a finished stage: of its inputs and its report."""
     return stages.fingerprint(folder / stages.MARKER, 1 << 20)
 
 
@@ -141,7 +142,7 @@ def plan_stage(job: Job, args: argparse.Namespace, lock: int) -> dict[str, Any]:
     settings = json.loads(json.dumps(vars(job.settings)))
     if plan is None:
         say("probe", "measuring speed and the held-out loss before training (about 30 s)")
-        plan = {**_probe(job, lock), "settings": settings, "tokens": _marker_hash(job.tokens)}
+        plan = {**_probe(job, lock), "settings": settings, "tokens": marker_hash(job.tokens)}
         plan["train_iters"] = args.train_iters or planned_steps(
             plan, args.minutes or DEFAULT_MINUTES
         )
@@ -207,12 +208,12 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--k2-preset {preset.name}: names no vocab_size and seq_length")
     settings = Settings(preset=preset.name, seq_length=seq_length, extra=tuple(args.extra))
     job = Job(args.output, settings)
-    lock = stages.lock_folder(job.output)
-    corpus = corpus_stage(job, args.input)
-    tokens = tokens_stage(job, vocab_size)
-    plan = plan_stage(job, args, lock)
-    train_stage(job, plan, lock)
-    finish(job, plan, corpus, tokens, args.prompt)
+    with stages.locked(job.output) as lock:
+        corpus = corpus_stage(job, args.input)
+        tokens = tokens_stage(job, vocab_size)
+        plan = plan_stage(job, args, lock)
+        train_stage(job, plan, lock)
+        finish(job, plan, corpus, tokens, args.prompt)
 
 
 def main(argv: list[str] | None = None) -> int:

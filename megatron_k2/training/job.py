@@ -118,7 +118,7 @@ class Job:
             *("--eval-global-batch-size", str(NUM_PROCESSES)),
             *("--train-iters", str(train_iters)),
             *("--lr", repr(lr), "--min-lr", "0", "--lr-decay-style", "linear"),
-            *("--lr-warmup-iters", str(settings.warmup_iters if lr else 0)),
+            *("--lr-warmup-iters", str(min(settings.warmup_iters, train_iters // 4))),
         ]
 
     def probe_arguments(self) -> list[str]:

@@ -6,6 +6,7 @@ import json
 import shutil
 import statistics
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,24 @@ def finish(
     """
     for old in list(older_checkpoints(job.checkpoints)):
         shutil.rmtree(old)
+    with ThreadPoolExecutor(1) as pool:  # the sampler is a process of its own, on another core
+        summary = pool.submit(_stored_summary, job, plan, corpus, tokens)
+        sample = _stored_sample(job, plan, prompt)
+    show_sample(sample["prompt"], sample["continuation"])
+    print(f"[summary] {report.Summary(**summary.result()).line(job.output)}", flush=True)
+
+
+def _stored_summary(
+    job: Job, plan: dict[str, Any], corpus: dict[str, Any], tokens: dict[str, Any]
+) -> dict[str, Any]:
     summary = stages.read_json(job.output / "summary.json")
     if summary is None or summary["train_iters"] != plan["train_iters"]:
         summary = summarise(job, plan, corpus, tokens).as_dict()
         stages.write_json(job.output / "summary.json", summary)
+    return summary
+
+
+def _stored_sample(job: Job, plan: dict[str, Any], prompt: str | None) -> dict[str, Any]:
     wanted = {
         "prompt": _heldout_prompt(job.corpus) if prompt is None else prompt,
         "train_iters": plan["train_iters"],
@@ -49,8 +64,7 @@ def finish(
     if sample is None or {key: sample[key] for key in wanted} != wanted:
         sample = {**wanted, "continuation": sample_text(job, wanted["prompt"])}
         stages.write_json(job.output / "sample.json", sample)
-    show_sample(sample["prompt"], sample["continuation"])
-    print(f"[summary] {report.Summary(**summary).line(job.output)}", flush=True)
+    return sample
 
 
 def summarise(

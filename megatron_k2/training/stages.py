@@ -13,7 +13,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +93,12 @@ def run_stage(
     return report, True
 
 
-def lock_folder(folder: Path) -> int:
-    """Take the lock of an output folder for the life of this process and its children.
+@contextmanager
+def locked(folder: Path) -> Iterator[int]:
+    """Hold the lock of an output folder.
 
-    Returns:
-        The descriptor to pass on to children; closing the last copy frees the lock.
+    Yields:
+        The descriptor to pass on to children; the lock is free when its last copy is closed.
 
     Raises:
         ValueError: another run holds the lock, or the folder cannot be written.
@@ -117,4 +119,7 @@ def lock_folder(folder: Path) -> int:
         ) from error
     os.ftruncate(descriptor, 0)
     os.write(descriptor, str(os.getpid()).encode())
-    return descriptor
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)

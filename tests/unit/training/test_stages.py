@@ -1,6 +1,7 @@
 """Stages: built once, published whole, refused when their inputs change; the folder's lock."""
 
 import os
+import subprocess
 
 import pytest
 
@@ -56,14 +57,26 @@ def test_damaged_json_is_named(tmp_path):
 
 
 def test_a_second_run_in_the_same_folder_is_refused_until_the_first_ends(tmp_path):
-    lock = stages.lock_folder(tmp_path)
-    with pytest.raises(ValueError, match=f"another run \\(process {os.getpid()}\\) is writing it"):
-        stages.lock_folder(tmp_path)
-    os.close(lock)
-    os.close(stages.lock_folder(tmp_path))
+    refusal = f"another run \\(process {os.getpid()}\\) is writing it"
+    again = stages.locked(tmp_path)
+    with stages.locked(tmp_path), pytest.raises(ValueError, match=refusal), again:
+        pass
+    with stages.locked(tmp_path):
+        pass
+
+
+def test_a_child_that_inherited_the_lock_keeps_it(tmp_path):
+    with stages.locked(tmp_path) as lock:
+        child = subprocess.Popen(["sleep", "60"], pass_fds=(lock,))
+    with pytest.raises(ValueError, match="another run"), stages.locked(tmp_path):
+        pass
+    child.kill()
+    child.wait()
+    with stages.locked(tmp_path):
+        pass
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="cannot be written"):
-        stages.lock_folder(tmp_path / "file")
+    with pytest.raises(ValueError, match="cannot be written"), stages.locked(tmp_path / "file"):
+        pass

@@ -1,0 +1,98 @@
+"""The main job end to end with the smallest preset: real text in, trained model and figures out."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_k2.data.documents import read_python_library
+from megatron_k2.training.from_text import main
+from megatron_k2.training.launch import last_checkpoint
+
+TOOL = Path(__file__).resolve().parents[3] / "tools" / "pretrain_from_text.py"
+TEXT_BYTES = 230_000  # just above what the job asks for
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    """Return a small JSONL of real text."""
+    path, size = tmp_path_factory.mktemp("input") / "text.jsonl", 0
+    with path.open("w", encoding="utf-8") as file:
+        for document in read_python_library():
+            if len(document.text) < 6000 and size < TEXT_BYTES:
+                size += file.write(json.dumps({"text": document.text}) + "\n")
+    return path
+
+
+def plan_after_a_probe(output: Path, text: Path) -> None:
+    """Bring the output folder to where a run stands that was killed after its probe."""
+    from megatron_k2.training import from_text, stages
+    from megatron_k2.training.job import Job, Settings
+
+    job = Job(output, Settings(preset="k2-micro", seq_length=128))
+    from_text.corpus_stage(job, text)
+    from_text.tokens_stage(job, 512)
+    plan = {
+        "seconds_per_iteration": 5.0,  # a progress line each step
+        "evaluation_s": 1.0,
+        "initial_heldout_loss": 6.2,
+        "settings": {**vars(job.settings), "extra": []},
+        "tokens": from_text.marker_hash(job.tokens),
+        "train_iters": 8,
+    }
+    stages.write_json(output / "plan.json", plan)
+
+
+def test_a_run_trains_reports_samples_and_is_finished_the_second_time(text, tmp_path, capfd):
+    output = tmp_path / "run"
+    plan_after_a_probe(output, text)
+    arguments = ["--input", str(text), "--output", str(output), "--k2-preset", "k2-micro"]
+    arguments += ["--prompt", "def main("]
+    assert main(arguments) == 0
+    first = capfd.readouterr().out
+    assert "[tokens]" in first and "done before" in first
+    assert re.search(r"step 8/8  loss \d\.\d+  [\d,]+ tokens/s  max logit \d.*balance \d", first)
+    assert "[sample] def main(" in first
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["train_tokens"] == 8 * 8 * 128
+    assert 3.0 < summary["final_heldout_loss"] < 6.2  # 8 steps have taught it something
+    assert summary["bigram_loss"] < summary["unigram_loss"] < 6.2
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((output / "tensorboard").glob("events.*"))
+    assert last_checkpoint(output / "checkpoints") == 8
+
+    assert main(arguments) == 0
+    second = capfd.readouterr().out
+    assert "all 8 steps are done" in second and "step 8/8" not in second
+    assert second.splitlines()[-2] == first.splitlines()[-2]  # the summary
+
+
+@pytest.mark.evidence
+def test_a_job_killed_at_random_times_ends_like_one_that_was_not(text, tmp_path):
+    """kill -9 of the whole job five times; needs some minutes."""
+    command = [sys.executable, str(TOOL), "--input", str(text), "--k2-preset", "k2-micro"]
+    command += ["--train-iters", "60", "--save-interval", "7"]
+    subprocess.run([*command, "--output", str(tmp_path / "whole")], check=True, timeout=900)
+    killed = [*command, "--output", str(tmp_path / "killed")]
+    generator = random.Random(0)
+    for _ in range(5):
+        job = subprocess.Popen(killed, start_new_session=True)
+        time.sleep(generator.uniform(2, 45))
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
+        time.sleep(3)  # torchrun hears of it from the kernel and ends its workers
+    subprocess.run(killed, check=True, timeout=900)
+    whole, resumed = (
+        json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "killed")
+    )
+    for figures in (whole, resumed):
+        figures.pop("tokens_per_s")
+    assert resumed == whole
