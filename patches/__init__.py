@@ -4,8 +4,15 @@ Only ``megatron_k2.register`` applies them. Core patches serve every device; CPU
 the opt-in device layer and are never active on CUDA. ``README.md`` is the generated ledger.
 """
 
-from megatron_k2.patches.cpu import hide_gpu_packages, host_torch, record_stream, rng_state
-from megatron_k2.patches.cpu import share_storage, tensor_cuda, tensor_types
+from megatron_k2.patches.cpu import (
+    hide_gpu_packages,
+    host_torch,
+    record_stream,
+    rng_state,
+    share_storage,
+    tensor_cuda,
+    tensor_types,
+)
 from megatron_k2.patches.megatron_core import (
     adam_state_dict,
     adam_step_count,
@@ -20,6 +27,7 @@ from megatron_k2.patches.megatron_core import (
     k2_arguments,
     load_verified,
     max_logit_log,
+    recompute_without_te,
     save_files,
     save_guard,
 )
@@ -46,6 +54,7 @@ ALL_PATCHES: tuple[Patch, ...] = (
     *save_guard.PATCHES,
     load_verified.PATCH,
     *max_logit_log.PATCHES,
+    recompute_without_te.PATCH,
     expert_bias_rule.PATCH,
     expert_balance_log.PATCH,
 )
