@@ -90,6 +90,20 @@ def test_gradient_clip_takes_a_host_gradient() -> None:
     torch.testing.assert_close(parameter.grad, torch.full((4,), 0.5), rtol=1e-5, atol=0)
 
 
+def test_clip_scales_in_place_and_alike() -> None:
+    from megatron.core.optimizer import clip_grads
+    from megatron.core.utils import local_multi_tensor_scale
+
+    torch.manual_seed(0)
+    grads = [torch.randn(33), torch.randn(4, 5)]
+    expected = [torch.empty_like(grad) for grad in grads]
+    local_multi_tensor_scale(0, None, [grads, expected], 0.37)
+    storage = [grad.data_ptr() for grad in grads]
+    clip_grads.multi_tensor_scale_impl(0, None, [grads, grads], 0.37)
+    assert [grad.data_ptr() for grad in grads] == storage
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
+
+
 def test_gpu_packages_are_out_of_sight() -> None:
     for name in ("transformer_engine", "apex", "amp_C"):
         with pytest.raises(ImportError):
