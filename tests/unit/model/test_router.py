@@ -88,6 +88,34 @@ def test_upstream_counts_still_fall_to_bf16() -> None:
     assert int(stock.local_tokens_per_expert.float().sum()) != 3 * 301 * 3
 
 
+@pytest.mark.parametrize("changes", [{}, dict(moe_router_load_balancing_type="seq_aux_loss")])
+def test_masks_give_upstreams_routing_and_gradients(changes: dict[str, Any]) -> None:
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    router = build_router(moe_aux_loss_coeff=0.1, **changes)
+    router.weight.data.normal_()
+    router.expert_bias.copy_(torch.linspace(-0.5, 0.5, 7))
+    logits = router.gating(hidden(33, batch=2)).detach()
+    results = []
+    for routing in (router.routing, lambda x: TopKRouter.routing(router, x)):
+        leaf = logits.clone().requires_grad_()
+        probs, mask = routing(leaf)
+        (probs * torch.linspace(0, 1, 7)).sum().backward()
+        results.append((probs.detach(), mask, leaf.grad))
+    assert torch.equal(results[0][1], results[1][1])
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_topk_mask_marks_k_scores_also_among_equals_and_nan() -> None:
+    from megatron_k2.model.router import topk_mask
+
+    scores = torch.tensor([[1.0, 1, 1, 1], [0, 3, 2, 2], [5, torch.nan, 1, 0], [4, 3, 2, 1]])
+    mask = topk_mask(scores, 2)
+    assert mask.sum(-1).tolist() == [2, 2, 2, 2]
+    expected = torch.zeros(4, 4, dtype=torch.bool).scatter_(1, scores.topk(2).indices, True)
+    assert torch.equal(mask, expected)
+
+
 def test_evaluation_and_padding_are_not_counted() -> None:
     router = build_router()
     with torch.no_grad():
