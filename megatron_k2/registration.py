@@ -69,6 +69,7 @@ def register(device_name: str | None = None, argv: Sequence[str] | None = None) 
     compat.check_versions()
     if resolved == "cpu":
         _set_host_threads(argv)
+        device.keep_freed_memory()
     applied = []
     for patch in ALL_PATCHES:
         if patch.group == "core" or patch.group == resolved:
