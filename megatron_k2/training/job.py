@@ -28,8 +28,8 @@ class Settings:
 
     preset: str = "k2-nano"
     seq_length: int = 512
-    micro_batch_size: int = 4
-    global_batch_size: int = 8
+    micro_batch_size: int = 2
+    global_batch_size: int = 4
     lr: float = 2e-3
     warmup_iters: int = 10
     seed: int = 1234
