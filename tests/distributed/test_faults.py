@@ -59,8 +59,9 @@ def test_losses_after_kills_in_a_step_and_in_a_save_are_those_of_the_whole_run(
     assert min(third.losses()) == 4
     assert losses | third.losses() == expected
     assert all(expected[step] == exact for step, exact in losses.items())
+    found = tensors_of(tmp_path / "iter_0000008")
     for name, tensor in tensors_of(reference / "iter_0000008").items():
-        assert torch.equal(tensor, tensors_of(tmp_path / "iter_0000008")[name]), name
+        assert torch.equal(tensor, found[name]), name
 
 
 def test_sigterm_saves_and_leaves_with_success(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ class Training:
             if time.monotonic() > deadline or self.ended():
                 self.kill()
                 raise TimeoutError(f"{text!r} did not appear\n{self.output()}")
-            time.sleep(0.01)
+            time.sleep(0.05)
 
     def output(self) -> str:
         """Return the last output of every rank."""
