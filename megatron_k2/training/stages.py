@@ -13,12 +13,14 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 MARKER = "done.json"
+ORPHANS_S = 60  # torchrun gives its workers 30 s to save and leave
 
 
 def fingerprint(path: Path, max_bytes: int) -> str:
@@ -109,17 +111,30 @@ def locked(folder: Path) -> Iterator[int]:
     except OSError as error:
         raise ValueError(f"--output {folder}: cannot be written ({error.strerror})") from error
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        holder = os.read(descriptor, 32).decode().strip()
+        _take(descriptor, folder)
+    except ValueError:
         os.close(descriptor)
-        raise ValueError(
-            f"--output {folder}: another run (process {holder or 'unknown'}) is writing it; "
-            "wait for it or give another --output"
-        ) from error
+        raise
     os.ftruncate(descriptor, 0)
     os.write(descriptor, str(os.getpid()).encode())
     try:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _take(descriptor: int, folder: Path) -> None:
+    """Lock the descriptor; wait for what is left of a killed run, refuse beside a living one."""
+    deadline = time.monotonic() + ORPHANS_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            holder = os.pread(descriptor, 32, 0).decode().strip()
+        if time.monotonic() > deadline or not holder or Path("/proc", holder).exists():
+            raise ValueError(
+                f"--output {folder}: another run (process {holder or 'unknown'}) is writing it; "
+                "wait for it or give another --output"
+            )
+        time.sleep(0.2)

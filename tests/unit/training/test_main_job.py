@@ -1,5 +1,6 @@
 """The main job end to end with the smallest preset: real text in, trained model and figures out."""
 
+import contextlib
 import json
 import os
 import random
@@ -74,21 +75,37 @@ def test_a_run_trains_reports_samples_and_is_finished_the_second_time(text, tmp_
     assert second.splitlines()[-2] == first.splitlines()[-2]  # the summary
 
 
+def descendants(root: int) -> list[int]:
+    """Return a process and all below it, parents first."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        children.setdefault(parent, []).append(int(stat.parent.name))
+    found = [root]
+    for pid in found:
+        found += children.get(pid, [])
+    return found
+
+
 @pytest.mark.evidence
-def test_a_job_killed_at_random_times_ends_like_one_that_was_not(text, tmp_path):
-    """kill -9 of the whole job five times; needs some minutes."""
+@pytest.mark.parametrize("whole_tree", [False, True], ids=["launcher", "all processes"])
+def test_a_job_killed_at_random_times_ends_like_one_that_was_not(text, tmp_path, whole_tree):
+    """kill -9 five times; needs some minutes."""
     command = [sys.executable, str(TOOL), "--input", str(text), "--k2-preset", "k2-micro"]
     command += ["--train-iters", "60", "--save-interval", "7"]
     subprocess.run([*command, "--output", str(tmp_path / "whole")], check=True, timeout=900)
     killed = [*command, "--output", str(tmp_path / "killed")]
-    generator = random.Random(0)
+    generator = random.Random(whole_tree)
     for _ in range(5):
-        job = subprocess.Popen(killed, start_new_session=True)
-        time.sleep(generator.uniform(2, 45))
-        if job.poll() is None:
-            os.killpg(job.pid, signal.SIGKILL)
+        job = subprocess.Popen(killed)
+        time.sleep(generator.uniform(2, 60))
+        for pid in descendants(job.pid) if whole_tree else [job.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         job.wait()
-        time.sleep(3)  # torchrun hears of it from the kernel and ends its workers
     subprocess.run(killed, check=True, timeout=900)
     whole, resumed = (
         json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "killed")

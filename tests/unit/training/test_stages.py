@@ -65,15 +65,20 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_ends(tmp_pat
         pass
 
 
-def test_a_child_that_inherited_the_lock_keeps_it(tmp_path):
+def test_what_is_left_of_a_killed_run_is_waited_for(tmp_path, monkeypatch):
     with stages.locked(tmp_path) as lock:
-        child = subprocess.Popen(["sleep", "60"], pass_fds=(lock,))
+        orphan = subprocess.Popen(["sleep", "1"], pass_fds=(lock,))
+    (tmp_path / ".lock").write_text("999999999")  # the launcher's number, which is gone
+    with stages.locked(tmp_path):
+        assert orphan.wait(0.1) == 0
+    monkeypatch.setattr(stages, "ORPHANS_S", 0.3)
+    with stages.locked(tmp_path) as lock:
+        orphan = subprocess.Popen(["sleep", "60"], pass_fds=(lock,))
+    (tmp_path / ".lock").write_text("999999999")
     with pytest.raises(ValueError, match="another run"), stages.locked(tmp_path):
         pass
-    child.kill()
-    child.wait()
-    with stages.locked(tmp_path):
-        pass
+    orphan.kill()
+    orphan.wait()
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
