@@ -206,7 +206,7 @@ def run(args: argparse.Namespace) -> None:
     vocab_size, seq_length = preset.value("vocab_size"), preset.value("seq_length")
     if not isinstance(vocab_size, int) or not isinstance(seq_length, int):
         raise ValueError(f"--k2-preset {preset.name}: names no vocab_size and seq_length")
-    settings = Settings(preset=preset.name, seq_length=seq_length, extra=tuple(args.extra))
+    settings = Settings(preset=preset.name, seq_length=seq_length, flags=tuple(args.extra))
     job = Job(args.output, settings)
     with stages.locked(job.output) as lock:
         corpus = corpus_stage(job, args.input)

@@ -33,7 +33,7 @@ class Settings:
     lr: float = 2e-3
     warmup_iters: int = 10
     seed: int = 1234
-    extra: tuple[str, ...] = ()  # the user's own Megatron flags
+    flags: tuple[str, ...] = ()  # the user's own Megatron flags
 
     @property
     def tokens_per_iteration(self) -> int:
@@ -129,7 +129,7 @@ class Job:
         """
         return [
             *self._run_arguments(PROBE_ITERS, lr=0.0),
-            *self.settings.extra,
+            *self.settings.flags,
             *("--lr", "0", "--moe-router-bias-update-rate", "0"),
             *("--log-interval", "1", "--eval-interval", str(PROBE_ITERS + 1)),
         ]
@@ -149,7 +149,7 @@ class Job:
         if (self.checkpoints / "latest_checkpointed_iteration.txt").exists():
             # The schedule is this command line's: a longer run decays later.
             arguments += ["--load", str(self.checkpoints), "--override-opt-param-scheduler"]
-        return [*arguments, *self.settings.extra]
+        return [*arguments, *self.settings.flags]
 
     def sample_arguments(self, prompt: str) -> list[str]:
         """Return the command line that samples from the last checkpoint in one process."""
@@ -157,5 +157,5 @@ class Job:
             *self._model_arguments(),
             *("--micro-batch-size", "1", "--no-load-optim", "--no-load-rng"),
             *("--load", str(self.checkpoints), "--k2-prompt", prompt),
-            *self.settings.extra,
+            *self.settings.flags,
         ]

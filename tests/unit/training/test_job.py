@@ -25,7 +25,7 @@ def test_progress_is_every_few_seconds_and_ten_times_a_run_at_least():
 
 
 def test_the_probe_changes_no_weight_and_evaluates_once_at_its_end(tmp_path):
-    arguments = Job(tmp_path, Settings(extra=("--lr", "5e-3"))).probe_arguments()
+    arguments = Job(tmp_path, Settings(flags=("--lr", "5e-3"))).probe_arguments()
     assert value(arguments, "--lr") == "0"
     assert value(arguments, "--moe-router-bias-update-rate") == "0"
     assert int(value(arguments, "--eval-interval")) > int(value(arguments, "--train-iters"))
@@ -42,7 +42,7 @@ def test_training_is_resumed_only_where_a_checkpoint_is(tmp_path):
 
 
 def test_the_users_flags_win(tmp_path):
-    job = Job(tmp_path, Settings(extra=("--lr", "5e-3")))
+    job = Job(tmp_path, Settings(flags=("--lr", "5e-3")))
     assert value(job.train_arguments(100, 0.5), "--lr") == "5e-3"
 
 

@@ -44,7 +44,7 @@ def plan_after_a_probe(output: Path, text: Path) -> None:
         "seconds_per_iteration": 5.0,  # a progress line each step
         "evaluation_s": 1.0,
         "initial_heldout_loss": 6.2,
-        "settings": {**vars(job.settings), "extra": []},
+        "settings": {**vars(job.settings), "flags": []},
         "tokens": from_text.marker_hash(job.tokens),
         "train_iters": 8,
     }
