@@ -1,6 +1,6 @@
 """Configuration of a K2 transformer: upstream's MLA configuration plus the fields K2 needs.
 
-Every upstream field keeps its name and meaning (``megatron.core.transformer.MLATransformerConfig``).
+Every upstream field keeps its name and meaning (``megatron.core.transformer``).
 The fields below are filled from flags of the same destination (``--k2-router-bias-rule`` and so
 on), because ``core_transformer_config_from_args`` copies arguments by field name. Sources: Kimi K2
 report, arXiv 2507.20534; Moonlight report, arXiv 2502.16982.
@@ -24,8 +24,8 @@ class K2TransformerConfig(MLATransformerConfig):
     """
 
     k2_router_bias_rule: str = "sign"
-    """How the router's expert bias moves: ``sign`` adds ``u * sign(e_i)`` (DeepSeek-V3, Megatron);
-    ``mean_centred`` subtracts the mean of the signs so that the biases keep their sum (Moonlight)."""
+    """How the router's expert bias moves: ``sign`` adds ``u * sign(e_i)`` (DeepSeek-V3, Megatron),
+    ``mean_centred`` subtracts the signs' mean, so that the biases keep their sum (Moonlight)."""
 
     k2_max_attention_logit: bool = True
     """Record each head's exact maximum softmax input in training forwards (QK-Clip needs it)."""

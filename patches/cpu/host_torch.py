@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+
 from megatron_k2.patches.cpu.host_collectives import all_gather, reduce_scatter
 from megatron_k2.patches.cpu.host_cuda import HOST, host_cuda
 from megatron_k2.patches.patch import Patch

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from megatron_k2.patches.patch import Patch
 
 

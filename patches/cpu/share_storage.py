@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
 from megatron_k2.patches.patch import Patch
 
 ShareStorage = Callable[[torch.Tensor, torch.Tensor], None]

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
 from megatron_k2.patches.patch import Patch
 
 _LINE = "max attention logit"

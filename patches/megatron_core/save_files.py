@@ -14,9 +14,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from megatron_k2.patches.patch import Patch
-
 from megatron_k2.checkpoint import save_outcome
+from megatron_k2.patches.patch import Patch
 
 
 def _noting_writer(original: type) -> Any:
