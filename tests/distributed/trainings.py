@@ -93,10 +93,10 @@ class Training:
         """Return whether some rank has ended."""
         return bool(select.select(self._watched, [], [], 0)[0])
 
-    def wait_for(self, text: str, timeout_s: float = 120.0) -> None:
-        """Wait until the output holds a text."""
+    def wait_for(self, text: str, count: int = 1, timeout_s: float = 120.0) -> None:
+        """Wait until the output holds a text, or holds it so many times."""
         deadline = time.monotonic() + timeout_s
-        while text not in self.output():
+        while self.output().count(text) < count:
             if time.monotonic() > deadline or self.ended():
                 self.kill()
                 raise TimeoutError(f"{text!r} did not appear\n{self.output()}")
@@ -109,7 +109,8 @@ class Training:
 
     def losses(self) -> dict[int, str]:
         """Return loss and gradient norm of each logged iteration as exact hexadecimal floats."""
-        lines = (self.folder / "losses").read_text().splitlines()
+        path = self.folder / "losses"
+        lines = path.read_text().splitlines() if path.exists() else []
         return {int(step): values for step, _, values in (line.partition(" ") for line in lines)}
 
     def _code(self, rank: int) -> int | None:

@@ -33,6 +33,16 @@ def _start(root: Path, *arguments: str, slow_s: float = 0.0) -> Training:
     )
 
 
+def _wait(run: Training, clock: random.Random) -> None:
+    """Let the run come to a random moment of its start, of a step or of a save."""
+    moment = clock.choice(("start", "step", "save", "save"))
+    if moment == "step":
+        run.wait_for("before the start of training step")
+    elif moment == "save":
+        run.wait_for("saving checkpoint at iteration", count=clock.randint(1, 3))
+    time.sleep(clock.uniform(0.0, 0.5 if moment == "save" else 2.0))
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[int, str], Path]:
     root = tmp_path_factory.mktemp("whole")
@@ -51,9 +61,9 @@ def test_thirty_kills_change_no_bit(
     kills = during_save = 0
     seen: set[int] = set()
     while kills < NUM_KILLS:
+        started = time.time()
         run = _start(tmp_path, *MODES[mode], slow_s=clock.choice((0.0, 0.1, 0.4)))
-        run.wait_for("iteration ", timeout_s=120)
-        time.sleep(clock.uniform(0.0, 2.5))
+        _wait(run, clock)
         assert not run.ended(), run.output()
         run.kill()
         kills += run.wait() == [None, None]
@@ -61,14 +71,13 @@ def test_thirty_kills_change_no_bit(
         assert losses.items() <= expected.items(), run.output()
         seen |= losses.keys()
         tracker = tmp_path / intact.TRACKER
-        if tracker.exists():
-            last = int(tracker.read_text())
-            assert intact.verify(tmp_path, last) == []
-            newer = (path for path in tmp_path.glob("iter_*") if int(path.name[5:]) > last)
-            during_save += any(not intact.is_complete(path) for path in newer)
-            if last >= STEPS - 4:  # nearly done: begin anew, the kills go on
-                for path in tmp_path.iterdir():
-                    path.rename(tmp_path.with_name(f"{tmp_path.name}-{kills}-{path.name}"))
+        last = int(tracker.read_text()) if tracker.exists() else 0
+        assert not last or intact.verify(tmp_path, last) == []
+        written = (path for path in tmp_path.glob("iter_*") if path.stat().st_mtime >= started)
+        during_save += any(not intact.is_complete(path) for path in written)
+        if last >= STEPS - 8:  # nearly done: begin anew, the kills go on
+            for path in tmp_path.iterdir():
+                path.rename(tmp_path.with_name(f"{tmp_path.name}-{kills}-{path.name}"))
     final = _start(tmp_path, *MODES[mode])
     assert final.wait() == [0, 0], final.output()
     assert final.losses().items() <= expected.items()
@@ -79,4 +88,4 @@ def test_thirty_kills_change_no_bit(
     for name, tensor in wanted.items():
         assert torch.equal(tensor, found[name]), name
     print(f"{mode}: {kills} kills, {during_save} of them while a checkpoint was being written")
-    assert during_save >= 2
+    assert during_save >= NUM_KILLS // 5
