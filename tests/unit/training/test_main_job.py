@@ -62,7 +62,7 @@ def test_a_run_trains_reports_samples_and_is_finished_the_second_time(text, tmp_
     assert re.search(r"step 8/8  loss \d\.\d+  [\d,]+ tokens/s  max logit \d.*balance \d", first)
     assert "[sample] def main(" in first
     summary = json.loads((output / "summary.json").read_text())
-    assert summary["train_tokens"] == 8 * 8 * 128
+    assert summary["train_tokens"] == 8 * 4 * 128
     assert 3.0 < summary["final_heldout_loss"] < 6.2  # 8 steps have taught it something
     assert summary["bigram_loss"] < summary["unigram_loss"] < 6.2
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
