@@ -1,8 +1,8 @@
 """A corpus: documents without duplicates, split into training and held-out ones.
 
 The split is by document and derived from content hashes, so it is the same on every machine and
-does not change when files are renamed. The held-out documents are taken first; a training
-document that copies more than a little of them (or of another training document) is dropped, so
+does not change when files are renamed. A training document that is in large part a copy of kept
+documents is dropped, and so is a held-out document of which the training text holds a large part:
 the held-out loss measures prediction and not recall.
 
 Left out: quality filters, language identification, and corpora larger than memory.
@@ -87,13 +87,22 @@ def build_corpus(documents: Iterable[Document], heldout_bytes: int) -> Corpus:
             f"documents of at most {int(target_bytes * LARGEST_HELDOUT_SHARE):,} bytes are needed"
         )
     train_keys: list[str] = []
+    train_index = ShingleIndex()
     for key, document in distinct.items():
         if key in heldout_keys:
             continue
         shingles = sketch(document.text)
         if index.overlap(shingles) <= MAX_OVERLAP:
             index.add(shingles)
+            train_index.add(shingles)
             train_keys.append(key)
+    heldout_keys = {
+        key
+        for key in heldout_keys
+        if train_index.overlap(sketch(distinct[key].text)) <= MAX_OVERLAP
+    }
+    if not heldout_keys:
+        raise ValueError("--input: every held-out document is mostly contained in other documents")
     train = [distinct[key] for key in train_keys]
     heldout = [distinct[key] for key in sorted(heldout_keys)]
     report = CorpusReport(

@@ -64,6 +64,14 @@ def test_a_training_document_that_copies_held_out_text_is_dropped():
     assert corpus.report.num_near_duplicates == 1
 
 
+def test_a_held_out_document_inside_a_larger_training_document_is_dropped():
+    heldout = build_corpus(documents(), 20_000).heldout[0].text
+    anthology = Document("anthology", prose(997, 8000) + " " + heldout)
+    corpus = build_corpus([*documents(), anthology], 20_000)
+    assert "anthology" in {d.name for d in corpus.train}
+    assert corpus.heldout and heldout not in {d.text for d in corpus.heldout}
+
+
 def test_a_short_quotation_is_no_reason_to_drop():
     quotation = documents()[0].text[: int(0.2 * len(documents()[0].text))]
     corpus = build_corpus([*documents(), Document("quotes", quotation + prose(998))], 20_000)
