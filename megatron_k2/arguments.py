@@ -148,7 +148,7 @@ def _add_yarn_args(group: Any) -> None:
 
 
 def validate_k2_args(args: argparse.Namespace) -> None:
-    """Refuse contradictions before Megatron's own checks.
+    """Refuse contradictions before Megatron's own checks, and set what they need.
 
     Raises:
         UsageError: with the value, what is allowed and the flag to change.
@@ -169,6 +169,10 @@ def validate_k2_args(args: argparse.Namespace) -> None:
             f"--transformer-impl transformer_engine: {compat.te_reason()}; use "
             "--transformer-impl local"
         )
+    if args.async_save and not args.use_persistent_ckpt_worker:
+        # Without this upstream turns --async-save off with a warning. Our writer
+        # (checkpoint/async_writer.py) serves its strategy "mcore" with base packages.
+        args.use_persistent_ckpt_worker, args.async_strategy = True, "mcore"
     _validate_layers(args)
     _validate_experts(args)
     check_data_files(args)
@@ -229,7 +233,7 @@ def _is_bf16(precision: str, where: str) -> bool:
 
 def _preset_defaults(preset: Preset) -> dict[str, Any]:
     defaults = {name: field.value for name, field in preset.fields.items()}
-    return {"spec": list(SPEC), **defaults}
+    return {"spec": list(SPEC), "exit_signal_handler": True, **defaults}
 
 
 def _load(name: str) -> Preset:

@@ -177,3 +177,13 @@ def test_runner_prints_one_line_and_leaves_with_status_2() -> None:
     errors = [line for line in done.stderr.splitlines() if "error" in line]
     assert len(errors) == 1 and errors[0].startswith("megatron_k2: error: --expert-model-parallel")
     assert "Traceback" not in done.stderr
+
+
+def test_asynchronous_saving_is_not_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = validated(monkeypatch, "--k2-preset", "k2-micro", "--async-save")
+    assert args.async_save and args.use_persistent_ckpt_worker
+    assert args.async_strategy == "mcore"
+
+
+def test_a_preset_saves_and_leaves_on_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert validated(monkeypatch, "--k2-preset", "k2-micro").exit_signal_handler
