@@ -9,10 +9,10 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from megatron_k2.patches import ALL_PATCHES, Patch, PatchError
-from megatron_k2.patches.ledger import LEDGER, ledger
 
 import megatron_k2
+from megatron_k2.patches import ALL_PATCHES, Patch, PatchError
+from megatron_k2.patches.ledger import LEDGER, ledger
 
 megatron_k2.register("cpu")
 IDS = [patch.id for patch in ALL_PATCHES]

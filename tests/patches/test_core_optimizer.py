@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+
+import megatron_k2
 from megatron_k2.patches.megatron_core import (
     adam_state_dict,
     adam_step_count,
@@ -16,8 +18,6 @@ from megatron_k2.patches.megatron_core import (
     adam_step_load,
     chained_optimizer_count,
 )
-
-import megatron_k2
 
 megatron_k2.register("cpu")
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from megatron_k2.patches.megatron_core import save_files
 
 import megatron_k2
 from megatron_k2.checkpoint import async_writer, intact, save_outcome
+from megatron_k2.patches.megatron_core import save_files
 
 megatron_k2.register("cpu")
 

@@ -102,10 +102,10 @@ def megatron_step(args: Any, stock: bool, weights: str) -> Step:
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.transformer.module import Float16Module
     from megatron.training.arguments import core_transformer_config_from_args
-    from megatron_k2.patches.cpu import scale_in_place
-    from megatron_k2.patches.cpu.host_torch import host_torch
 
     from megatron_k2.model.specs import get_k2_layer_specs
+    from megatron_k2.patches.cpu import scale_in_place
+    from megatron_k2.patches.cpu.host_torch import host_torch
 
     config = core_transformer_config_from_args(args)
     if stock:
