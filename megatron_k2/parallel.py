@@ -98,12 +98,14 @@ class K2Groups:
         if not recipe.own:
             return base
         # Only members synchronise, so stages that never need the group need not call.
-        return torch.distributed.new_group(
+        group = torch.distributed.new_group(
             torch.distributed.get_process_group_ranks(base),
             backend=torch.distributed.get_backend(base),
             use_local_synchronization=True,
             group_desc=f"k2_{name}",
         )
+        assert isinstance(group, ProcessGroup), "this rank is a member of its own group"
+        return group
 
     def destroy(self) -> None:
         """Destroy the groups of our own and forget the shared ones; safe to call at any time."""

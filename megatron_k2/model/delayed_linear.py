@@ -142,7 +142,7 @@ class DelayedRowParallelLinear(_DelayedWeightGradient, RowParallelLinear):
     """RowParallelLinear whose weight gradient is computed in ``backward_dw``."""
 
 
-_DELAYED = {
+_DELAYED: dict[type, type] = {
     ColumnParallelLinear: DelayedColumnParallelLinear,
     RowParallelLinear: DelayedRowParallelLinear,
 }
@@ -155,9 +155,10 @@ def delay_weight_gradients_(module: torch.nn.Module) -> int:
     gradients of marked weights to ``backward_dw``.
     """
     turned = 0
-    for leaf in module.modules():
-        delayed = _DELAYED.get(type(leaf))  # type: ignore[call-overload]
+    for layer in module.modules():
+        delayed = _DELAYED.get(type(layer))
         if delayed is not None:
+            leaf: Any = layer
             leaf.__class__ = delayed
             leaf._pending, leaf._grad_hooks = deque(), []
             leaf.weight.skip_backward_post_hook = True

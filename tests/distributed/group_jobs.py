@@ -84,3 +84,23 @@ def process_id() -> int:
     import os
 
     return os.getpid()
+
+
+def uneven_exchange(rows: list[int]) -> dict[str, Any]:
+    """Gather and reduce-scatter shares of ``rows[rank]`` rows through Megatron's own mappings."""
+    from megatron.core.tensor_parallel import mappings
+
+    rank, group = torch.distributed.get_rank(), torch.distributed.group.WORLD
+    mine = torch.full((rows[rank], 3), float(rank + 1))
+    gathered = mappings._gather_along_first_dim(mine, group, rows)
+    everything = torch.arange(sum(rows) * 3.0).view(-1, 3) * (rank + 1)
+    reduced = mappings._reduce_scatter_along_first_dim(everything, group, rows)
+    refusals = []
+    for call in (mappings.torch.distributed.all_gather, mappings.torch.distributed.reduce_scatter):
+        shares = [torch.empty(count, 3) for count in rows]
+        first, second = (shares, mine) if call.__name__ == "all_gather" else (mine, shares)
+        try:
+            call(first, second, group=group, async_op=True)
+        except RuntimeError as error:
+            refusals.append(str(error))
+    return {"gathered": gathered, "reduced": reduced, "refusals": refusals}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -68,7 +69,7 @@ class Job:
         for connection in ready:
             rank = pending[connection]  # type: ignore[index]
             try:
-                kind, value = connection.recv()  # type: ignore[union-attr]
+                kind, value = pickle.loads(connection.recv_bytes())  # type: ignore[union-attr]
             except (EOFError, OSError):
                 kind, value = "failed", "the process died without a traceback"
             (self.results if kind == "done" else self.failures)[rank] = value
@@ -133,7 +134,7 @@ class Pool:
         first = self.workers[job.ranks[0]]
         if not first.poll(max(0.0, job.deadline - time.monotonic())):
             raise JobFailed(self.abandon(job))
-        kind, value = first.recv()
+        kind, value = pickle.loads(first.recv_bytes())
         if kind != "port":
             job.failures[0] = str(value)
             raise JobFailed(self.abandon(job))
@@ -200,7 +201,7 @@ class Pool:
             if time.monotonic() > deadline:
                 raise JobFailed(f"no worker connected within {START_TIMEOUT_S} s")
         connection = self.listener.accept()
-        return connection, connection.recv()
+        return connection, pickle.loads(connection.recv_bytes())
 
     def _drop_workers(self) -> None:
         for pid in self.pids:

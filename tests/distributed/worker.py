@@ -13,6 +13,7 @@ import ctypes
 import faulthandler
 import importlib
 import os
+import pickle
 import signal
 import sys
 import traceback
@@ -46,7 +47,7 @@ def nursery(address: str) -> None:
     ):
         importlib.import_module(module)
     pool = Client(address, family="AF_UNIX")
-    pool.send(("nursery", os.getpid()))
+    tell(pool, "nursery", os.getpid())
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the workers
     while True:
         try:
@@ -71,16 +72,21 @@ def worker(address: str, index: int, log_dir: str) -> None:
     sys.stdout = sys.stderr = log
     faulthandler.register(signal.SIGUSR1, file=log, all_threads=True)
     pool = Client(address, family="AF_UNIX")
-    pool.send((index, os.getpid()))
+    tell(pool, index, os.getpid())
     while True:
         try:
             job = pool.recv()
         except EOFError:
             return
         try:
-            pool.send(("done", run_job(pool, **job)))
+            tell(pool, "done", run_job(pool, **job))
         except Exception:
-            pool.send(("failed", traceback.format_exc()))
+            tell(pool, "failed", traceback.format_exc())
+
+
+def tell(pool: Connection, kind: Any, value: Any) -> None:
+    """Send a message by plain pickle: torch would send a tensor's storage as shared memory."""
+    pool.send_bytes(pickle.dumps((kind, value)))
 
 
 def run_job(
@@ -107,7 +113,7 @@ def run_job(
         timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
     )  # fmt: skip
     if rank == 0:
-        pool.send(("port", store.port))
+        tell(pool, "port", store.port)
     torch.distributed.init_process_group(
         "gloo", store=store, rank=rank, world_size=world_size,
         timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
