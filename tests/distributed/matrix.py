@@ -11,18 +11,25 @@ total adds the stages' partial sums in an order that depends on the layout.
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-MICROBATCH_ORDERS = (
-    (4, 1, 5, 2, 0, 3, 7, 6),
-    (1, 0, 4, 5, 3, 2, 7, 6),
-    (5, 4, 3, 6, 0, 1, 7, 2),
-    (3, 7, 1, 2, 6, 5, 0, 4),
-    (0, 6, 7, 1, 4, 2, 3, 5),
-)
+NUM_MICROBATCHES = 8  # of a step, over all data-parallel ranks
+NUM_ORDERS = 9  # the range of more runs grows no further: 17 runs give what 10 give
+
+
+def microbatch_orders() -> list[tuple[int, ...]]:
+    """Return the orders of the runs that make up the spread, the same ones every time."""
+    shuffle = random.Random(0).shuffle
+    orders = [list(range(NUM_MICROBATCHES)) for _ in range(NUM_ORDERS)]
+    for order in orders:
+        shuffle(order)
+    return [tuple(order) for order in orders]
+
+
 SPREADS_ALLOWED = 4.0  # the issue's bar
 
 
@@ -36,6 +43,8 @@ class Case:
     use_distributed_optimizer: bool = False
     bit_for_bit: bool = False
     """Only the place of layers changes, no sum: every digit must stay."""
+    evidence: bool = False
+    """Run by `make evidence` only; a wider layout of the matrix contains it."""
 
 
 def _layout(tp: int = 1, pp: int = 1, ep: int = 1, etp: int | None = None, **more: Any) -> dict:
@@ -65,9 +74,9 @@ CASES = (
     Case("TP2 SP", 2, _layout(tp=2)),
     Case("EP2", 2, _layout(ep=2)),
     Case("EP4 ZeRO-1", 4, _layout(ep=4), use_distributed_optimizer=True),
-    Case("TP2 x EP2, ETP1", 2, _layout(tp=2, ep=2, etp=1)),
+    Case("TP2 x EP2, ETP1", 2, _layout(tp=2, ep=2, etp=1), evidence=True),
     Case("TP2 x EP2, ETP2", 4, _layout(tp=2, ep=2, etp=2)),
-    Case("TP2 x PP2", 4, _layout(tp=2, pp=2)),
+    Case("TP2 x PP2", 4, _layout(tp=2, pp=2), evidence=True),
     Case("EP2 x PP2", 4, _layout(ep=2, pp=2)),
     Case("EP2 x PP2 x VPP2 ZeRO-1", 4, {**VPP2, "expert_model_parallel_size": 2}, True),
     Case("TP2 x PP2 x EP2 ZeRO-1", 8, _layout(tp=2, pp=2, ep=2, etp=1), True),

@@ -6,13 +6,13 @@ import pytest
 
 from tests.distributed.matrix import (
     CASES,
-    MICROBATCH_ORDERS,
     SPREADS_ALLOWED,
     Case,
     Curve,
     largest_difference,
     largest_range,
     merge,
+    microbatch_orders,
 )
 from tests.distributed.pool import Job, Pool
 
@@ -27,12 +27,12 @@ class Reference:
         self.files = dict(checkpoint=str(folder / "start"), routing=str(folder / "routing.pt"))
         first = self.start(Case("reference", 1), save_initial=True, record=True)
         self.curve = merge(first.result())
-        reordered = self._two_at_a_time(MICROBATCH_ORDERS)
+        reordered = self._two_at_a_time(microbatch_orders())
         curves = [self.curve, *reordered]
         self.loss_spread = largest_range([curve.losses for curve in curves])
         self.norm_spread = largest_range([curve.grad_norms for curve in curves])
 
-    def _two_at_a_time(self, orders: tuple[tuple[int, ...], ...]) -> list[Curve]:
+    def _two_at_a_time(self, orders: list[tuple[int, ...]]) -> list[Curve]:
         """Run the orders in pairs: one process for each of the two cores `make test` has."""
         curves: list[Curve] = []
         for first in range(0, len(orders), 2):
@@ -72,7 +72,13 @@ def test_replayed_routing_reproduces_the_recorded_run_bit_for_bit(reference: Ref
     assert again == reference.curve
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=[pytest.mark.evidence] if case.evidence else [])
+        for case in CASES
+    ],
+)
 def test_layout_trains_like_one_process(reference: Reference, case: Case, record_property):
     curve = merge(reference.start(case).result())
     wanted = reference.curve

@@ -31,11 +31,11 @@ from megatron_k2 import parallel
 from megatron_k2.model.config import K2TransformerConfig
 from megatron_k2.model.specs import get_k2_decoder_block_spec
 from megatron_k2.presets import load_preset
+from tests.distributed.matrix import NUM_MICROBATCHES
 
 SEED = 1234
 SEQ_LENGTH = 64
 MICRO_BATCH_SIZE = 1
-NUM_MICROBATCHES = 8  # of a step, over all data-parallel ranks: 8 sequences
 GROUP_SIZES = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
