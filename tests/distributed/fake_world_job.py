@@ -2,10 +2,15 @@
 
 The same as ``--fake-process-group`` does (``training/initialize.py:342``): every group is created,
 no byte is sent. Weights have shapes and no storage, so that any preset fits.
+Run as ``python -m tests.distributed.fake_world_job JSON`` it builds in a process of its own,
+without the CPU device layer: there Transformer Engine's modules construct on the meta device, once
+``torch.cuda`` claims to be available (megatron-core 0.19.2, TE 2.20; no kernel runs).
 """
 
 from __future__ import annotations
 
+import json
+import sys
 import time
 from typing import Any
 
@@ -19,10 +24,17 @@ from megatron_k2.presets import load_preset
 from tests.distributed.training_job import GROUP_SIZES, preset_config
 
 
-def build_rank(rank: int, world_size: int, preset: str, layout: dict[str, Any]) -> dict[str, Any]:
+def build_rank(
+    rank: int,
+    world_size: int,
+    preset: str,
+    layout: dict[str, Any],
+    transformer_impl: str = "local",
+) -> dict[str, Any]:
     """Build ``rank``'s part of ``preset``; return seconds, number of weights and layers."""
     start = time.perf_counter()
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     torch.distributed.init_process_group(
         "fake", store=FakeStore(), rank=rank, world_size=world_size
     )
@@ -33,7 +45,8 @@ def build_rank(rank: int, world_size: int, preset: str, layout: dict[str, Any]) 
     groups_s = time.perf_counter() - start
     config = preset_config(
         preset, perform_initialization=False, bf16=True, params_dtype=torch.bfloat16,
-        pipeline_dtype=torch.bfloat16, **layout,
+        pipeline_dtype=torch.bfloat16, transformer_impl=transformer_impl,
+        use_cpu_initialization=transformer_impl == "local", **layout,
     )  # fmt: skip
     chosen = load_preset(preset)
     model_config = GPTModelConfig(
@@ -42,13 +55,21 @@ def build_rank(rank: int, world_size: int, preset: str, layout: dict[str, Any]) 
         seq_length=4096, position_embedding_type="rope",
     )  # fmt: skip
     with torch.device("meta"):
-        (model,) = GPTModelBuilder(model_config).build_distributed_models(
-            groups, wrap_with_ddp=False, mixed_precision_wrapper=None
-        )
+        model = GPTModelBuilder(model_config).build_model(groups)
     return {
         "groups_s": groups_s,
         "seconds": time.perf_counter() - start,
         "num_weights": sum(p.numel() for p in model.parameters()),
+        "classes": sorted({type(module).__name__ for module in model.modules()}),
         "devices": sorted({p.device.type for p in model.parameters()}),
         "layers": [layer.layer_number for layer in model.decoder.layers],
     }
+
+
+if __name__ == "__main__":
+    from megatron_k2.patches.cpu.host_cuda import HostEvent, HostStream
+
+    torch.cuda.is_available = lambda: True
+    torch.cuda.current_device = lambda: torch.device("meta")  # type: ignore[assignment,return-value]
+    torch.cuda.Stream, torch.cuda.Event = HostStream, HostEvent  # type: ignore[assignment,misc]
+    print(json.dumps(build_rank(**json.loads(sys.argv[1]))))

@@ -1,7 +1,13 @@
 """The full Kimi K2 builds rank by rank at PP16 x EP16, without the 256 processes."""
 
+import json
+import subprocess
+import sys
+from typing import Any
+
 import pytest
 
+from megatron_k2.compat import distribution_version
 from megatron_k2.layouts import propose_pipeline_layout
 from megatron_k2.presets import load_preset
 from tests.distributed.pool import Pool
@@ -38,24 +44,43 @@ def expected_weights(num_dense: int, num_moe: int) -> int:
     )
 
 
-@pytest.mark.parametrize(
-    ("stage", "layers", "ends"),
-    [(0, [1, 2, 3], 1), (7, [28, 29, 30, 31], 0), (15, [60, 61], 1)],
+STAGES = pytest.mark.parametrize(
+    ("stage", "layers"), [(0, [1, 2, 3]), (7, [28, 29, 30, 31]), (15, [60, 61])]
 )
-def test_stage_of_kimi_k2_builds_in_under_a_minute(pool: Pool, stage, layers, ends):
-    ((built),) = pool.run(
-        BUILD,
-        1,
-        kwargs=dict(
-            rank=stage * RANKS_A_STAGE + 5, world_size=WORLD_SIZE, preset="kimi-k2", layout=LAYOUT
-        ),
-    )
+
+
+def what_to_build(stage: int) -> dict[str, Any]:
+    """Return the arguments of ``build_rank`` for one rank of a pipeline stage."""
+    rank = stage * RANKS_A_STAGE + 5
+    return dict(rank=rank, world_size=WORLD_SIZE, preset="kimi-k2", layout=LAYOUT)
+
+
+def check(built: dict[str, Any], stage: int, layers: list[int]) -> None:
+    """Compare a built rank with the released configuration."""
     print(f"stage {stage}: {built['seconds']:.1f} s, of which groups {built['groups_s']:.1f} s")
     assert built["seconds"] < SECONDS_A_RANK
     assert built["layers"] == layers
     assert built["devices"] == ["meta"]
     vocabulary = int(load_preset("kimi-k2").value("vocab_size")) * 7168
-    final_norm = 7168 if stage == 15 else 0
-    num_dense = 1 if stage == 0 else 0
-    wanted = expected_weights(num_dense, len(layers) - num_dense) + ends * vocabulary + final_norm
-    assert built["num_weights"] == wanted
+    num_dense, ends = int(stage == 0), int(stage in (0, 15))
+    wanted = expected_weights(num_dense, len(layers) - num_dense) + ends * vocabulary
+    assert built["num_weights"] == wanted + (7168 if stage == 15 else 0)  # the final norm
+
+
+@STAGES
+def test_stage_of_kimi_k2_builds_in_under_a_minute(pool: Pool, stage, layers):
+    (built,) = pool.run(BUILD, 1, kwargs=what_to_build(stage))
+    assert "K2GroupedMLP" in built["classes"]
+    check(built, stage, layers)
+
+
+@STAGES
+def test_stage_of_kimi_k2_builds_with_transformer_engine(stage, layers):
+    if distribution_version("transformer-engine") is None:
+        pytest.skip("transformer-engine is not installed: its modules cannot be built")
+    what = json.dumps(dict(what_to_build(stage), transformer_impl="transformer_engine"))
+    command = [sys.executable, "-m", "tests.distributed.fake_world_job", what]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    built = json.loads(output.splitlines()[-1])
+    assert "TEGroupedMLP" in built["classes"]
+    check(built, stage, layers)
