@@ -11,7 +11,7 @@ VERSION = re.search(
 ).group(1)
 
 INSTALL_REQUIRES = [
-    "megatron-core[training]==0.19.*",
+    "megatron-core[training]>=0.19.0,<=0.19.2",
     "torch>=2.14,<2.16",
     "packaging>=24.2",
     "sentencepiece>=0.2,<0.3",
@@ -49,7 +49,7 @@ setup(
     entry_points={
         "console_scripts": [
             "megatron-k2-pretrain-text = megatron_k2.training.from_text:main",
-            "megatron-k2-pretrain = megatron_k2.training.pretrain:main",
+            "megatron-k2-pretrain = megatron_k2.training.pretrain:cli",
         ]
     },
 )

@@ -1,7 +1,7 @@
 """``torchrun -m megatron_k2 SCRIPT ARGS``: register K2, then run a stock Megatron script unchanged.
 
-The script's own folder comes first on the path, as Python itself does it, so that a Megatron-LM
-checkout uses its own ``megatron``; ``--k2-megatron wheel`` keeps the installed one in front.
+The script's own folder, and the checkout above it, come first on the path, so that a Megatron-LM
+script uses its own ``megatron``; ``--k2-megatron wheel`` keeps the installed one in front.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ def main(argv: list[str] | None = None) -> int:
     if arguments[0] == "--k2-megatron":
         root, arguments = (arguments[1:2] or [""])[0], arguments[2:]
     if root not in ("checkout", "wheel") or not arguments:
-        print(f"megatron_k2: error: --k2-megatron {root!r} is not checkout or wheel, or no SCRIPT")
+        message = (
+            f"megatron_k2: error: --k2-megatron {root!r} is not checkout or wheel, or no SCRIPT"
+        )
+        print(message, file=sys.stderr)
         return 2
     script = Path(arguments[0])
     if not script.is_file():
@@ -44,9 +47,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _set_path(folder: Path, root: str) -> None:
-    """Order ``sys.path``: the checkout's folder first, or after the installed packages."""
-    rest = [entry for entry in sys.path if entry != str(folder)]
-    sys.path[:] = [str(folder), *rest] if root == "checkout" else [*rest, str(folder)]
+    """Order ``sys.path``: the script's checkout first, or after the installed packages."""
+    holders = (
+        parent for parent in (folder, *folder.parents) if (parent / "megatron/core").is_dir()
+    )
+    entries = list(dict.fromkeys([str(folder), str(next(holders, folder))]))
+    rest = [entry for entry in sys.path if entry not in entries]
+    sys.path[:] = [*entries, *rest] if root == "checkout" else [*rest, *entries]
 
 
 if __name__ == "__main__":

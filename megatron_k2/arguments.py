@@ -169,10 +169,12 @@ def validate_k2_args(args: argparse.Namespace) -> None:
             f"--transformer-impl transformer_engine: {compat.te_reason()}; use "
             "--transformer-impl local"
         )
-    if args.async_save and not args.use_persistent_ckpt_worker:
-        # Without this upstream turns --async-save off with a warning. Our writer
-        # (checkpoint/async_writer.py) serves its strategy "mcore" with base packages.
-        args.use_persistent_ckpt_worker, args.async_strategy = True, "mcore"
+    if args.async_save:
+        # Without the first upstream turns --async-save off with a warning. The strategy "mcore"
+        # is served by our writer (checkpoint/async_writer.py) from base packages.
+        args.use_persistent_ckpt_worker = True
+        if "async_strategy" not in args.k2_explicit:
+            args.async_strategy = "mcore"
     _validate_layers(args)
     _validate_experts(args)
     check_data_files(args)
@@ -198,6 +200,11 @@ def _validate_layers(args: argparse.Namespace) -> None:
 
 def _validate_experts(args: argparse.Namespace) -> None:
     experts, parallel = args.num_experts, args.expert_model_parallel_size
+    if parallel < 1 or (args.micro_batch_size is not None and args.micro_batch_size < 1):
+        raise UsageError(
+            f"--expert-model-parallel-size {parallel} and --micro-batch-size "
+            f"{args.micro_batch_size} must be at least 1"
+        )
     if experts is None:
         return
     if experts % parallel:
@@ -214,6 +221,7 @@ def finish_k2_args(args: argparse.Namespace) -> None:
     """Set what follows from the validated arguments."""
     args.delay_wgrad_compute = args.k2_delay_wgrad_compute
     # Upstream ties its logging of the maximum logit to Transformer Engine >= 2.9; ours needs none.
+    args.k2_te_max_attention_logit = bool(args.log_max_attention_logit)
     if args.k2_max_attention_logit and args.multi_latent_attention:
         args.log_max_attention_logit = True
 

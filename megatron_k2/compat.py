@@ -26,9 +26,9 @@ from packaging.version import Version
 PYTHON_RANGE = SpecifierSet(">=3.12")
 # megatron-core 0.19.2 runs on both; torch 2.14 is the oldest that was tried.
 TORCH_RANGE = SpecifierSet(">=2.14,<2.16")
-MEGATRON_RANGE = SpecifierSet(">=0.19.0,<0.20")
+MEGATRON_RANGE = SpecifierSet(">=0.19.0,<=0.19.2")
 TORCH_INSTALL = "pip install 'torch>=2.14,<2.16'"
-MEGATRON_INSTALL = "pip install 'megatron-core[training]==0.19.*'"
+MEGATRON_INSTALL = "pip install 'megatron-core[training]==0.19.2'"
 
 # What Megatron 0.19 calls of NVIDIA apex and its extensions, held by tests/contracts.
 APEX_SYMBOLS = (

@@ -47,6 +47,18 @@ def check_data_files(args: Any) -> None:
                 raise UsageError(f"{flag} {prefix}: {path} is empty; tokenise a text that is not")
 
 
+def require_data(args: Any) -> None:
+    """Check that a training run names any data at all.
+
+    Raises:
+        UsageError: it does not.
+    """
+    files = ("data_args_path", "per_split_data_args_path")
+    named = any(data_prefixes(args)) or any(getattr(args, name, None) for name in files)
+    if not (named or args.mock_data or args.skip_train):
+        raise UsageError("no data: give --data-path PREFIX of a .bin/.idx pair, or --mock-data")
+
+
 def check_vocabulary(args: Any, tokenizer: Any) -> None:
     """Check that tokenizer, preset and data speak of the same vocabulary.
 
@@ -83,10 +95,13 @@ def _largest_sampled_id(prefix: str) -> int:
     """Return the largest token id in the first and last megabytes of a dataset."""
     from megatron.core.datasets.indexed_dataset import DType
 
-    with open(prefix + ".idx", "rb") as index:
-        index.seek(9 + 8)  # magic and version: indexed_dataset.py, _INDEX_HEADER
-        dtype = DType.dtype_from_code(index.read(1)[0])
-    tokens = numpy.memmap(prefix + ".bin", dtype=dtype, mode="r")
+    try:
+        with open(prefix + ".idx", "rb") as index:
+            index.seek(9 + 8)  # magic and version: indexed_dataset.py, _INDEX_HEADER
+            dtype = DType.dtype_from_code(index.read(1)[0])
+        tokens = numpy.memmap(prefix + ".bin", dtype=dtype, mode="r")
+    except (IndexError, KeyError, ValueError) as error:
+        raise UsageError(f"{prefix}.idx and .bin are damaged ({error}); tokenise again") from error
     count = _SAMPLED_BYTES // tokens.itemsize
     return int(max(tokens[:count].max(), tokens[-count:].max()))
 

@@ -18,7 +18,9 @@ from pathlib import Path
 import torch
 
 from megatron_k2 import compat, device
-from megatron_k2.patches import ALL_PATCHES
+from megatron_k2.patches import ALL_PATCHES, PatchError
+
+__all__ = ["PatchError", "Registration", "describe", "register"]
 
 logger = logging.getLogger(__name__)
 _REGISTERED: Registration | None = None
@@ -42,7 +44,7 @@ class Registration:
 
 
 def register(device_name: str | None = None, argv: Sequence[str] | None = None) -> Registration:
-    """Add K2's specs, arguments, optimizers and patches to Megatron, once.
+    """Add K2's arguments, layer specs and patches to Megatron, once.
 
     Args:
         device_name: ``auto``, ``cpu`` or ``cuda``; the command line's ``--k2-device`` if None.
@@ -97,5 +99,8 @@ def describe(registration: Registration) -> str:
 
 
 def _set_host_threads(argv: Sequence[str] | None) -> None:
-    threads = int(device.flag_value("--k2-threads", argv) or 0) or device.num_threads()
+    given = device.flag_value("--k2-threads", argv) or "0"
+    if not given.isdigit():
+        raise ValueError(f"--k2-threads {given!r} is not a number of threads; 0 chooses")
+    threads = int(given) or device.num_threads()
     torch.set_num_threads(threads)

@@ -30,6 +30,9 @@ class K2TransformerConfig(MLATransformerConfig):
     k2_max_attention_logit: bool = True
     """Record each head's exact maximum softmax input in training forwards (QK-Clip needs it)."""
 
+    k2_te_max_attention_logit: bool = False
+    """Take Transformer Engine's own maximum instead: rounded to bf16, FlashAttention off."""
+
     def __post_init__(self) -> None:
         """Check the K2 fields, then upstream's."""
         if self.k2_router_bias_rule not in ROUTER_BIAS_RULES:
@@ -38,3 +41,6 @@ class K2TransformerConfig(MLATransformerConfig):
                 f"{', '.join(ROUTER_BIAS_RULES)}"
             )
         super().__post_init__()
+        if self.k2_max_attention_logit and not self.k2_te_max_attention_logit:
+            # The training loop logs ours; this field would ask Transformer Engine for its own.
+            self.log_max_attention_logit = False

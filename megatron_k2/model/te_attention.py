@@ -71,7 +71,8 @@ class K2TECoreAttention(MaxLogitRecord, TEDotProductAttention):  # type: ignore[
         )
         if self.wants_max_logits():
             if self.takes_te_figure:
-                self.record_max_logits_(self.current_max_attn_logits)
+                self.record_max_logits_(self.current_max_attn_logits)  # type: ignore[has-type]
+                self.current_max_attn_logits = None  # the running maximum is kept in our record
             else:
                 self.record_max_logits_(self._exact_max_logits(query, key, packed_seq_params))
         return output

@@ -20,21 +20,22 @@ def run_as_command(main: Callable[[], Any]) -> int:
     from megatron_k2.checkpoint.intact import CheckpointRefused
     from megatron_k2.checkpoint.save_outcome import exit_code_of_last_save
     from megatron_k2.inputs import UsageError
+    from megatron_k2.registration import PatchError
 
-    rank = os.environ.get("RANK", "0")
     try:
         megatron_k2.register()
-    except (ImportError, ValueError) as error:
-        return _refuse(rank, error)
+    except (ImportError, ValueError, PatchError) as error:
+        return _refuse(error)
     try:
         with exit_code_of_last_save():
             main()
     except (UsageError, CheckpointRefused) as error:
-        return _refuse(rank, error)
+        return _refuse(error)
     return 0
 
 
-def _refuse(rank: str, error: Exception) -> int:
-    if rank == "0":
+def _refuse(error: Exception) -> int:
+    """Print the error once a machine: another node's may be its own, a missing file say."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"megatron_k2: error: {error}", file=sys.stderr, flush=True)
     return 2

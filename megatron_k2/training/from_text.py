@@ -38,6 +38,12 @@ from megatron_k2.training.results import finish
 MAX_INPUT_BYTES = 200_000_000  # read at most: ten times what an hour on two cores can use
 HELDOUT_BYTES = 100_000  # about 30,000 tokens: a few seconds a pass
 DEFAULT_MINUTES = 3.0
+# What the figures, the yardsticks and the resumption of the job rest on.
+OWN_FLAGS = (
+    *("--seq-length", "--global-batch-size", "--micro-batch-size", "--seed", "--vocab-size"),
+    *("--data-path", "--train-data-path", "--valid-data-path", "--test-data-path", "--mock-data"),
+    *("--save", "--load", "--tensorboard-dir", "--tokenizer-model", "--tokenizer-type"),
+)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -56,8 +62,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--input",
         type=Path,
         metavar="FILE",
-        help='JSONL with a "text" field (.jsonl, .ndjson, .json) or plain text; the sources and '
-        "documentation of Python's standard library when left out",
+        help='JSONL with a "text" field (.jsonl, .ndjson, .json) or plain text, its first 200 MB; '
+        "the sources and documentation of Python's standard library when left out",
     )
     parser.add_argument("--output", "--out", type=Path, default=Path("out/pretrain"), metavar="DIR")
     parser.add_argument("--minutes", type=float, help="training time to plan for; default 3")
@@ -68,6 +74,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.extra = extra
     if args.minutes is not None and not args.minutes > 0:
         raise ValueError(f"--minutes {args.minutes:g} must be above 0")
+    taken = [flag for flag in extra if flag.partition("=")[0] in OWN_FLAGS]
+    if taken:
+        raise ValueError(f"{taken[0]} is set by this job; use megatron_k2.training.pretrain for it")
     if args.train_iters is not None and args.train_iters < 1:
         raise ValueError(f"--train-iters {args.train_iters} must be at least 1")
     return args
@@ -148,6 +157,8 @@ def plan_stage(job: Job, args: argparse.Namespace, lock: int) -> dict[str, Any]:
         )
     else:
         changed = [key for key in settings if plan["settings"].get(key) != settings[key]]
+        if plan["tokens"] != marker_hash(job.tokens):
+            changed.append("text or tokenizer")
         if changed:
             raise ValueError(
                 f"--output {job.output}: holds a run with other {', '.join(changed)}; "
@@ -232,6 +243,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; run the same command again to resume", file=sys.stderr)

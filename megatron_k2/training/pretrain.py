@@ -20,6 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from megatron_k2.inputs import require_data
 from megatron_k2.training.command_line import run_as_command
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
@@ -203,6 +204,7 @@ def main() -> None:
     from megatron.training.arguments import parse_and_validate_args
 
     args = parse_and_validate_args(args_defaults={"tokenizer_type": "SentencePieceTokenizer"})
+    require_data(args)
     model_config = gpt_config_from_args(args)
     pretrain(
         pretrain_cfg_container_from_args(args, model_config),
@@ -213,5 +215,10 @@ def main() -> None:
     )
 
 
+def cli() -> int:
+    """Register K2 and run ``main``: the entry point of ``megatron-k2-pretrain``."""
+    return run_as_command(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run_as_command(main))
+    sys.exit(cli())

@@ -86,7 +86,13 @@ def summarise(
     heldout_curve = {0: plan["initial_heldout_loss"]}
     heldout_curve |= report.read_scalars(job.tensorboard, report.HELDOUT_TAG)
     step_s = list(report.read_scalars(job.tensorboard, "iteration-time").values())
-    final_loss = heldout_curve[max(heldout_curve)]
+    last = max(heldout_curve)
+    if last != plan["train_iters"]:
+        raise RuntimeError(
+            f"no held-out loss of step {plan['train_iters']} (the last is of step {last}): the run "
+            f"was stopped before it; train on with --train-iters {plan['train_iters'] + 1}"
+        )
+    final_loss = heldout_curve[last]
     report.plot_losses(
         job.output / "loss.png",
         train_curve,

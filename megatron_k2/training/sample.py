@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_k2.inputs import UsageError
 from megatron_k2.training.command_line import run_as_command
 from megatron_k2.training.job import OUTPUT_MARK
 
@@ -118,7 +119,8 @@ def load_model(args: Any) -> Any:
         ddp_config=container.ddp,
         wrap_with_ddp=False,
     )
-    load_checkpoint(model, None, None)
+    if not load_checkpoint(model, None, None)[0]:
+        raise UsageError(f"--load {args.load}: no checkpoint there to sample from")
     return unwrap_model(model)[0].eval()
 
 

@@ -37,7 +37,7 @@ class HidePackages(Patch):
         if loaded:
             raise PatchError(
                 f"patch {self.id}: {', '.join(loaded)} was imported before "
-                "megatron_k2.register(device='cpu'); call register() before importing megatron, or "
+                "megatron_k2.register('cpu'); call register() before importing megatron, or "
                 "start with torchrun -m megatron_k2"
             )
         for name in GPU_PACKAGES:

@@ -187,3 +187,31 @@ def test_asynchronous_saving_is_not_turned_off(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_preset_saves_and_leaves_on_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
     assert validated(monkeypatch, "--k2-preset", "k2-micro").exit_signal_handler
+
+
+def test_asynchronous_saving_takes_the_strategy_of_the_base_packages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    argv = ["--k2-preset", "k2-micro", "--async-save", "--use-persistent-ckpt-worker"]
+    assert validated(monkeypatch, *argv).async_strategy == "mcore"
+    assert validated(monkeypatch, *argv, "--async-strategy", "nvrx").async_strategy == "nvrx"
+
+
+def test_logging_our_maximum_does_not_ask_transformer_engine_for_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from megatron.training.arguments import core_transformer_config_from_args, validate_args
+
+    args = parse(monkeypatch, "--k2-preset", "k2-micro", "--lr", "1e-3", "--train-iters", "1")
+    validate_args(args)
+    config = core_transformer_config_from_args(args)
+    assert args.log_max_attention_logit and not config.log_max_attention_logit
+    args.k2_te_max_attention_logit = True  # what an explicit --log-max-attention-logit sets
+    assert core_transformer_config_from_args(args).log_max_attention_logit
+
+
+def test_training_without_data_is_refused() -> None:
+    from megatron_k2.inputs import require_data
+
+    with pytest.raises(UsageError, match="no data: give --data-path"):
+        require_data(argparse.Namespace(mock_data=False, skip_train=False))

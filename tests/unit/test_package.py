@@ -49,6 +49,7 @@ def test_console_scripts_name_functions_that_exist(wheel: Path) -> None:
     parser.read_string(archive.read(path).decode())
     scripts = dict(parser["console_scripts"])
     assert "megatron-k2-pretrain-text" in scripts
+    assert scripts["megatron-k2-pretrain"].endswith(":cli")  # registers K2; main alone does not
     for target in scripts.values():
         module, _, function = target.partition(":")
         assert f"def {function}(" in archive.read(module.replace(".", "/") + ".py").decode()

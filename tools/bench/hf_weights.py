@@ -1,7 +1,7 @@
 """Copies a Hugging Face DeepseekV3 state dict into a Megatron model of one process, for benches.
 
-The product's converter streams checkpoints of any layout; this is the in-memory table that lets
-three contestants start from the same weights.
+Not a converter of checkpoints: an in-memory table that lets three contestants start from the same
+weights.
 """
 
 from __future__ import annotations
