@@ -77,8 +77,6 @@ def test_a_checkout_in_front_of_the_wheel_is_the_version_that_counts(
         compat.check_versions()
     refusal = f"megatron-core 0.18.3rc1 found in {tmp_path}, <=0.19.2,>=0.19.0 needed"
     assert refusal in str(error.value)
-        error.value
-    )
 
 
 @pytest.mark.parametrize(
