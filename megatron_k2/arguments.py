@@ -63,6 +63,29 @@ def add_k2_args(
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     group = parser.add_argument_group(title="k2")
+    _add_run_args(group)
+    _add_model_args(group)
+    _add_yarn_args(group)
+    explicit = _explicit_destinations(parser, argv)
+    # Upstream divides by the evaluation interval and gives it no default; 1000 is its old one.
+    parser.set_defaults(eval_interval=1000)
+    name = device.flag_value("--k2-preset", argv)
+    if name is not None:
+        parser.set_defaults(**_preset_defaults(_load(name)))
+    where = device.resolve_device(device.flag_value("--k2-device", argv) or "auto")
+    if where == "cpu":
+        parser.set_defaults(**_HOST_DEFAULTS)
+    elif not compat.te_usable():
+        parser.set_defaults(transformer_impl="local", gradient_accumulation_fusion=False)
+    if not explicit & {"bf16", "fp16"}:
+        precision = device.flag_value("--k2-precision", argv) or "auto"
+        parser.set_defaults(bf16=_is_bf16(precision, where))
+    parser.set_defaults(k2_explicit=tuple(sorted(explicit)))
+    return parser
+
+
+def _add_run_args(group: Any) -> None:
+    """Add what says which model runs where and how."""
     group.add_argument(
         "--k2-preset", metavar="NAME", help=f"Model preset: {', '.join(list_presets())}."
     )
@@ -86,6 +109,16 @@ def add_k2_args(
         "bf16 unit, else fp32. Megatron's --bf16 and --fp16 win.",
     )
     group.add_argument(
+        "--k2-verify-checkpoint",
+        choices=("full", "size", "off"),
+        default="full",
+        help="Check a checkpoint before loading: sizes and checksums, sizes only, or nothing.",
+    )
+
+
+def _add_model_args(group: Any) -> None:
+    """Add K2's own choices in the model; destinations are fields of ``K2TransformerConfig``."""
+    group.add_argument(
         "--k2-router-bias-rule",
         choices=("sign", "mean_centred"),
         default="sign",
@@ -97,29 +130,6 @@ def add_k2_args(
         default=True,
         help="Record the exact maximum softmax input of every head (MuonClip needs it).",
     )
-    group.add_argument(
-        "--k2-verify-checkpoint",
-        choices=("full", "size", "off"),
-        default="full",
-        help="Check a checkpoint before loading: sizes and checksums, sizes only, or nothing.",
-    )
-    _add_yarn_args(group)
-    explicit = _explicit_destinations(parser, argv)
-    # Upstream divides by the evaluation interval and gives it no default; 1000 is its old one.
-    parser.set_defaults(eval_interval=1000)
-    name = device.flag_value("--k2-preset", argv)
-    if name is not None:
-        parser.set_defaults(**_preset_defaults(_load(name)))
-    where = device.resolve_device(device.flag_value("--k2-device", argv) or "auto")
-    if where == "cpu":
-        parser.set_defaults(**_HOST_DEFAULTS)
-    elif not compat.te_usable():
-        parser.set_defaults(transformer_impl="local", gradient_accumulation_fusion=False)
-    if not explicit & {"bf16", "fp16"}:
-        precision = device.flag_value("--k2-precision", argv) or "auto"
-        parser.set_defaults(bf16=_is_bf16(precision, where))
-    parser.set_defaults(k2_explicit=tuple(sorted(explicit)))
-    return parser
 
 
 def _add_yarn_args(group: Any) -> None:

@@ -99,7 +99,6 @@ def megatron_step(args: Any, stock: bool, weights: str) -> Step:
         finalize_model_grads,
     )
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.transformer.module import Float16Module
     from megatron.training.arguments import core_transformer_config_from_args
 
@@ -130,19 +129,7 @@ def megatron_step(args: Any, stock: bool, weights: str) -> Step:
     ddp = DistributedDataParallel(
         config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), wrapped
     )
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=LEARNING_RATE,
-            bf16=True,
-            params_dtype=torch.bfloat16,
-            weight_decay=WEIGHT_DECAY,
-            adam_beta1=BETAS[0],
-            adam_beta2=BETAS[1],
-            clip_grad=args.clip_grad,
-        ),
-        [ddp],
-    )
+    optimizer = _megatron_optimizer(ddp, args.clip_grad)
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = optimizer.scale_loss
 
@@ -158,6 +145,25 @@ def megatron_step(args: Any, stock: bool, weights: str) -> Step:
         return loss.item()
 
     return step
+
+
+def _megatron_optimizer(ddp: torch.nn.Module, clip_grad: float) -> Any:
+    """Return Megatron's AdamW with fp32 masters for a DDP-wrapped bf16 model."""
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    return get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=LEARNING_RATE,
+            bf16=True,
+            params_dtype=torch.bfloat16,
+            weight_decay=WEIGHT_DECAY,
+            adam_beta1=BETAS[0],
+            adam_beta2=BETAS[1],
+            clip_grad=clip_grad,
+        ),
+        [ddp],
+    )
 
 
 def causal_mask(tokens: int) -> Tensor:
