@@ -22,7 +22,7 @@ from megatron_k2.data.near_duplicates import ShingleIndex, sketch
 MAX_OVERLAP = 0.3  # share of a document that may be copied from documents already kept
 HELDOUT_SHARE = 0.1  # of all text, at most
 LARGEST_HELDOUT_SHARE = 0.5  # no single document may dominate the held-out set
-MIN_TEXT_BYTES = 200_000  # below this no tokenizer of 8,192 pieces can be learnt
+MIN_TEXT_BYTES = 200_000  # below this no tokenizer of a preset can be learnt
 
 
 @dataclass(frozen=True)
