@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from typing import Any
 
@@ -79,11 +81,9 @@ def hang_on(rank: int) -> None:
         time.sleep(3600)
 
 
-def process_id() -> int:
-    """Return the rank's process id."""
-    import os
-
-    return os.getpid()
+def worker_id() -> int:
+    """Return the process id of the worker that forked this rank."""
+    return os.getppid()
 
 
 def uneven_exchange(rows: list[int]) -> dict[str, Any]:
@@ -104,3 +104,10 @@ def uneven_exchange(rows: list[int]) -> dict[str, Any]:
         except RuntimeError as error:
             refusals.append(str(error))
     return {"gathered": gathered, "reduced": reduced, "refusals": refusals}
+
+
+def die_on(rank: int) -> None:
+    """End one rank as the out-of-memory killer does."""
+    if torch.distributed.get_rank() == rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+    torch.distributed.barrier()

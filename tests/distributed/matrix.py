@@ -3,10 +3,10 @@
 One number a run and quantity: the largest difference from the reference over all steps. The spread
 is the largest range, over the steps, of single-process runs that differ in the order of their
 microbatches alone, that is in the order of fp32 sums. Eight microbatches a step, because the sum of
-a few has hardly an order. Losses are averaged over microbatches in the order of
-their global index, in fp64; gradient norms by parameter are combined in the order of their names,
-by upstream's own formula (a norm of norms, ``core/optimizer/clip_grads.py``), because upstream's
-total adds the stages' partial sums in an order that depends on the layout.
+a few has hardly an order. Losses are averaged over sequences in the order of their global index, in
+fp64; gradient norms by parameter are combined in the order of their names, by upstream's own
+formula (a norm of norms, ``core/optimizer/clip_grads.py``), because upstream's total adds the
+stages' partial sums in an order that depends on the layout.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 
-NUM_MICROBATCHES = 8  # of a step, over all data-parallel ranks
+NUM_SEQUENCES = 8  # of a step, over all data-parallel ranks
 NUM_ORDERS = 9  # the range of more runs grows no further: 17 runs give what 10 give
 
 
 def microbatch_orders() -> list[tuple[int, ...]]:
     """Return the orders of the runs that make up the spread, the same ones every time."""
     shuffle = random.Random(0).shuffle
-    orders = [list(range(NUM_MICROBATCHES)) for _ in range(NUM_ORDERS)]
+    orders = [list(range(NUM_SEQUENCES)) for _ in range(NUM_ORDERS)]
     for order in orders:
         shuffle(order)
     return [tuple(order) for order in orders]
@@ -43,6 +43,9 @@ class Case:
     use_distributed_optimizer: bool = False
     bit_for_bit: bool = False
     """Only the place of layers changes, no sum: every digit must stay."""
+    micro_batch_size: int = 1
+    """Of the same eight sequences a step, and of the single-process run that is compared. Two under
+    most tensor parallelism, whose time on gloo is its collectives, some 150 a microbatch."""
     evidence: bool = False
     """Run by `make evidence` only; a wider layout of the matrix contains it."""
 
@@ -71,15 +74,16 @@ CASES = (
     Case("PP2 x VPP2 uneven", 2, UNEVEN_VPP2, bit_for_bit=True),
     Case("DP2", 2, _layout()),
     Case("DP2 ZeRO-1", 2, _layout(), use_distributed_optimizer=True),
-    Case("TP2 SP", 2, _layout(tp=2)),
+    Case("TP2 SP", 2, _layout(tp=2), micro_batch_size=2),
     Case("EP2", 2, _layout(ep=2)),
     Case("EP4 ZeRO-1", 4, _layout(ep=4), use_distributed_optimizer=True),
-    Case("TP2 x EP2, ETP1", 2, _layout(tp=2, ep=2, etp=1), evidence=True),
+    Case("TP2 x EP2, ETP1", 2, _layout(tp=2, ep=2, etp=1), micro_batch_size=2, evidence=True),
     Case("TP2 x EP2, ETP2", 4, _layout(tp=2, ep=2, etp=2)),
-    Case("TP2 x PP2", 4, _layout(tp=2, pp=2), evidence=True),
+    Case("TP2 x PP2", 4, _layout(tp=2, pp=2), micro_batch_size=2),
     Case("EP2 x PP2", 4, _layout(ep=2, pp=2)),
     Case("EP2 x PP2 x VPP2 ZeRO-1", 4, {**VPP2, "expert_model_parallel_size": 2}, True),
-    Case("TP2 x PP2 x EP2 ZeRO-1", 8, _layout(tp=2, pp=2, ep=2, etp=1), True),
+    Case("TP2 x PP2 x EP2 ZeRO-1", 8, _layout(tp=2, pp=2, ep=2, etp=1), True, micro_batch_size=2),
+    Case("TP2 SP, one sequence at a time", 2, _layout(tp=2), evidence=True),
 )
 
 

@@ -27,18 +27,25 @@ class Reference:
         self.files = dict(checkpoint=str(folder / "start"), routing=str(folder / "routing.pt"))
         first = self.start(Case("reference", 1), save_initial=True, record=True)
         self.curve = merge(first.result())
+        self.by_size = {1: self.curve}
         reordered = self._two_at_a_time(microbatch_orders())
         curves = [self.curve, *reordered]
         self.loss_spread = largest_range([curve.losses for curve in curves])
         self.norm_spread = largest_range([curve.grad_norms for curve in curves])
+
+    def for_size(self, micro_batch_size: int) -> Curve:
+        """Return the single-process run with this micro batch size (the shapes of its products)."""
+        if micro_batch_size not in self.by_size:
+            single = Case("single process", 1, micro_batch_size=micro_batch_size)
+            self.by_size[micro_batch_size] = merge(self.start(single).result())
+        return self.by_size[micro_batch_size]
 
     def _two_at_a_time(self, orders: list[tuple[int, ...]]) -> list[Curve]:
         """Run the orders in pairs: one process for each of the two cores `make test` has."""
         curves: list[Curve] = []
         for first in range(0, len(orders), 2):
             jobs = [
-                self.start(Case("reordered", 1), microbatch_order=order)
-                for order in orders[first : first + 2]
+                self.start(Case("reordered", 1), order=order) for order in orders[first : first + 2]
             ]
             curves += [merge(job.result()) for job in jobs]
         return curves
@@ -48,6 +55,7 @@ class Reference:
         run = dict(
             layout=case.layout,
             use_distributed_optimizer=case.use_distributed_optimizer,
+            micro_batch_size=case.micro_batch_size,
             digest=not case.use_distributed_optimizer,
             **self.files,
             **options,
@@ -81,7 +89,7 @@ def test_replayed_routing_reproduces_the_recorded_run_bit_for_bit(reference: Ref
 )
 def test_layout_trains_like_one_process(reference: Reference, case: Case, record_property):
     curve = merge(reference.start(case).result())
-    wanted = reference.curve
+    wanted = reference.for_size(case.micro_batch_size)
     loss = largest_difference(curve.losses, wanted.losses)
     norm = largest_difference(curve.grad_norms, wanted.grad_norms)
     record_property("loss_over_spread", loss / reference.loss_spread)

@@ -1,5 +1,7 @@
 """The adapter beside parallel_state: groups follow the layout, die with it and come back."""
 
+import os
+
 import pytest
 
 from megatron_k2.parallel import GROUP_RECIPES
@@ -67,12 +69,12 @@ def test_unknown_and_early_groups_are_refused(pool: Pool):
 
 
 def test_pool_reports_the_failing_ranks_traceback_and_recovers(pool: Pool):
-    before = pool.run(JOBS + "process_id", 2)
+    before = pool.run(JOBS + "worker_id", 2)
     with pytest.raises(JobFailed) as failure:
         pool.run(JOBS + "raise_on", 2, kwargs=dict(rank=1))
     assert "rank 1 raised" in str(failure.value)
     assert "ValueError: this rank has had enough" in str(failure.value)
-    assert set(pool.run(JOBS + "process_id", 2)).isdisjoint(before)
+    assert set(pool.run(JOBS + "worker_id", 2)).isdisjoint(before)
 
 
 def test_pool_shows_where_a_silent_rank_hangs(pool: Pool):
@@ -82,8 +84,18 @@ def test_pool_shows_where_a_silent_rank_hangs(pool: Pool):
     assert "in hang_on" in str(failure.value)
 
 
+def test_pool_reports_a_rank_that_died(pool: Pool):
+    with pytest.raises(JobFailed, match="the process ended with status -9"):
+        pool.run(JOBS + "die_on", 2, kwargs=dict(rank=1))
+
+
+def test_workers_keep_nothing_of_a_job(pool: Pool):
+    pool.run(JOBS + "identity", 8, layout={})
+    assert [len(os.listdir(f"/proc/{pid}/task")) for pid in pool.pids] == [1] * 8
+
+
 def test_two_jobs_share_the_pool(pool: Pool):
-    jobs = [pool.submit(JOBS + "process_id", 2) for _ in range(3)]
+    jobs = [pool.submit(JOBS + "worker_id", 2) for _ in range(3)]
     assert len({pid for job in jobs for pid in job.result()}) == 6
     with pytest.raises(ValueError, match="world_size 9 needs more than the 8 idle workers"):
-        pool.run(JOBS + "process_id", 9)
+        pool.run(JOBS + "worker_id", 9)

@@ -3,7 +3,7 @@
 ``train`` runs in every rank of the worker pool. It builds a preset at fp32 or bf16, loads a
 torch_dist checkpoint, trains on seeded synthetic tokens with the routing recorded or replayed
 (upstream ``core/transformer/moe/router_replay.py``), and returns what the layout matrix compares:
-losses by microbatch, gradient norms, and digests of gradients and weights by parameter.
+losses by sequence, gradient norms, and digests of gradients and weights by parameter.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import batched
 from typing import Any
 
 import torch
@@ -31,11 +32,10 @@ from megatron_k2 import parallel
 from megatron_k2.model.config import K2TransformerConfig
 from megatron_k2.model.specs import get_k2_decoder_block_spec
 from megatron_k2.presets import load_preset
-from tests.distributed.matrix import NUM_MICROBATCHES
+from tests.distributed.matrix import NUM_SEQUENCES
 
 SEED = 1234
 SEQ_LENGTH = 64
-MICRO_BATCH_SIZE = 1
 GROUP_SIZES = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -62,7 +62,9 @@ class Run:
     learning_rate: float = 1e-3
     bf16: bool = False
     use_distributed_optimizer: bool = False
-    microbatch_order: tuple[int, ...] = tuple(range(NUM_MICROBATCHES))
+    micro_batch_size: int = 1
+    order: tuple[int, ...] = tuple(range(NUM_SEQUENCES))
+    """Sequences of a step in the order of their microbatches."""
     digest: bool = False
     """Also return a SHA-256 of each gradient after the first step and each weight at the end."""
 
@@ -156,22 +158,25 @@ def load_or_save_initial(run: Run, model: list[Any], optimizer: Any) -> None:
     optimizer.reload_model_params()
 
 
-def microbatch(step: int, index: int) -> dict[str, torch.Tensor]:
-    """Return tokens, labels and positions ``[micro batch, sequence]`` of one global microbatch."""
-    generator = torch.Generator().manual_seed(SEED + 1000 * step + index)
-    # A skewed distribution, so that ten steps have something to learn.
-    text = torch.rand(MICRO_BATCH_SIZE, SEQ_LENGTH + 1, generator=generator).pow(3).mul(512).long()
+def microbatch(step: int, sequences: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """Return tokens, labels and positions ``[micro batch, sequence]`` of some global sequences."""
+    texts = []
+    for sequence in sequences:
+        generator = torch.Generator().manual_seed(SEED + 1000 * step + sequence)
+        # A skewed distribution, so that ten steps have something to learn.
+        texts.append(torch.rand(SEQ_LENGTH + 1, generator=generator).pow(3).mul(512).long())
+    text = torch.stack(texts)
     return {
         "tokens": text[:, :-1].contiguous(),
         "labels": text[:, 1:].contiguous(),
-        "position_ids": torch.arange(SEQ_LENGTH).expand(MICRO_BATCH_SIZE, -1),
+        "position_ids": torch.arange(SEQ_LENGTH).expand(len(sequences), -1),
     }
 
 
 class Routing:
-    """Records or replays every router's choice by (step, microbatch, layer).
+    """Records or replays every router's choice by (step, sequence, layer).
 
-    Stored indices are ``[sequence, micro batch, top-k]``; a sequence-parallel rank takes its part.
+    Stored indices are ``[position, top-k]``; a sequence-parallel rank takes its part of them.
     """
 
     def __init__(self, run: Run, groups: Any) -> None:
@@ -185,27 +190,28 @@ class Routing:
         """Return the chunk's routers, in layer order."""
         return [module for module in chunk.modules() if isinstance(module, TopKRouter)]
 
-    def before(self, chunk: Any, step: int, index: int) -> None:
+    def before(self, chunk: Any, step: int, sequences: tuple[int, ...]) -> None:
         """Set what the chunk's routers replay in the coming forward pass."""
         for router in self.routers(chunk):
             replay = router.router_replay
             if not self.table or self.record:
                 replay.set_router_replay_action(RouterReplayAction.RECORD)
                 continue
-            chosen = self.table[step, index, replay.layer_number]
+            layer = replay.layer_number
+            chosen = torch.stack([self.table[step, index, layer] for index in sequences], dim=1)
             if self.sequence_parallel:
                 chosen = chosen.chunk(self.groups.tp.size())[self.groups.tp.rank()]
             replay.clear_indices()
             replay.set_target_indices(chosen.reshape(-1, chosen.size(-1)))
             replay.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
 
-    def after(self, chunk: Any, step: int, index: int) -> None:
+    def after(self, chunk: Any, step: int, sequences: tuple[int, ...]) -> None:
         """Keep what the chunk's routers chose in the forward pass just run."""
         for router in self.routers(chunk) if self.record else []:
             indices = router.router_replay.get_recorded_indices()
-            self.table[step, index, router.router_replay.layer_number] = indices.view(
-                SEQ_LENGTH, MICRO_BATCH_SIZE, -1
-            ).clone()
+            chosen = indices.view(SEQ_LENGTH, len(sequences), -1).unbind(1)
+            for index, one in zip(sequences, chosen, strict=True):
+                self.table[step, index, router.router_replay.layer_number] = one.clone()
 
 
 def train(run: dict[str, Any]) -> dict[str, Any]:
@@ -226,10 +232,8 @@ def train_steps(
 ) -> dict[str, Any]:
     """Run the schedule ``num_steps`` times; return the record of the run."""
     data_parallel = groups.dp.size()
-    init_num_microbatches_calculator(
-        0, None, MICRO_BATCH_SIZE * NUM_MICROBATCHES, MICRO_BATCH_SIZE, data_parallel
-    )
-    mine = run.microbatch_order[groups.dp.rank() :: data_parallel]
+    init_num_microbatches_calculator(0, None, NUM_SEQUENCES, run.micro_batch_size, data_parallel)
+    mine = list(batched(run.order[groups.dp.rank() :: data_parallel], run.micro_batch_size))
     losses: list[dict[int, float]] = []
     record: dict[str, Any] = {"losses": losses, "grad_norm": [], "parameter_norms": []}
     for step in range(run.num_steps):
@@ -251,26 +255,27 @@ def _one_step(
     model: list[Any],
     optimizer: Any,
     routing: Routing,
-    mine: tuple[int, ...],
+    mine: list[tuple[int, ...]],
     step: int,
     losses: dict[int, float],
 ) -> None:
-    def forward_step(data: Iterator[int], chunk: Any, return_schedule_plan: bool = False) -> Any:
-        index = next(data)
-        batch = microbatch(step, index)
+    def forward_step(
+        data: Iterator[tuple[int, ...]], chunk: Any, return_schedule_plan: bool = False
+    ) -> Any:
+        sequences = next(data)
+        batch = microbatch(step, sequences)
         inner = unwrap_model(chunk)
-        routing.before(inner, step, index)
+        routing.before(inner, step, sequences)
         inputs = (batch["tokens"], batch["position_ids"], None)
 
         def loss_func(output: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
-            loss = output.float().mean()
-            losses[index] = loss.item()
-            return loss, {}
+            losses.update(zip(sequences, output.detach().float().mean(1).tolist(), strict=True))
+            return output.float().mean(), {}
 
         if return_schedule_plan:
             return inner.build_schedule_plan(*inputs, labels=batch["labels"]), loss_func
         output = chunk(*inputs, labels=batch["labels"])
-        routing.after(inner, step, index)
+        routing.after(inner, step, sequences)
         return output, loss_func
 
     for chunk in model:
@@ -283,7 +288,7 @@ def _one_step(
         model=model if len(model) > 1 else model[0],
         num_microbatches=len(mine),
         seq_length=SEQ_LENGTH,
-        micro_batch_size=MICRO_BATCH_SIZE,
+        micro_batch_size=run.micro_batch_size,
         forward_only=False,
     )
 

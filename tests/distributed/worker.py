@@ -2,8 +2,11 @@
 
 The nursery is a fresh interpreter (no thread has run in it when it forks, unlike in pytest). It
 pays the ten seconds of ``import torch, megatron`` once; each worker after that costs
-milliseconds, so the pool can be thrown away and re-made whenever a job fails. A worker initialises
-torch.distributed and parallel_state for one job, runs it, and takes both down again.
+milliseconds, so the pool can be thrown away and re-made whenever a job fails. A worker forks again
+for each job, which initialises torch.distributed and parallel_state for its layout. The fork, not
+``destroy_process_group``, ends them: Megatron's DDP keeps its model alive through the hooks of its
+gradient accumulators (``core/distributed/distributed_data_parallel.py:386``), the model its groups,
+and every gloo group three threads that wake a hundred times a second.
 Run as ``python -m tests.distributed.worker ADDRESS`` by the pool only.
 """
 
@@ -70,7 +73,6 @@ def worker(address: str, index: int, log_dir: str) -> None:
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     sys.stdout = sys.stderr = log
-    faulthandler.register(signal.SIGUSR1, file=log, all_threads=True)
     pool = Client(address, family="AF_UNIX")
     tell(pool, index, os.getpid())
     while True:
@@ -78,10 +80,28 @@ def worker(address: str, index: int, log_dir: str) -> None:
             job = pool.recv()
         except EOFError:
             return
-        try:
-            tell(pool, "done", run_job(pool, **job))
-        except Exception:
-            tell(pool, "failed", traceback.format_exc())
+        importlib.import_module(job["target"].partition(":")[0])
+        child = os.fork()
+        if child == 0:
+            die_with_parent()
+            faulthandler.register(signal.SIGUSR1, file=log, all_threads=True)
+            os._exit(run_and_tell(pool, job))
+        signal.signal(signal.SIGUSR1, lambda *unused, pid=child: os.kill(pid, signal.SIGUSR1))
+        _, status = os.waitpid(child, 0)
+        if os.waitstatus_to_exitcode(status) not in (0, 1):
+            tell(
+                pool, "failed", f"the process ended with status {os.waitstatus_to_exitcode(status)}"
+            )
+
+
+def run_and_tell(pool: Connection, job: dict[str, Any]) -> int:
+    """Run one job and send its result or its traceback; return the exit code."""
+    try:
+        tell(pool, "done", run_job(pool, **job))
+        return 0
+    except BaseException:
+        tell(pool, "failed", traceback.format_exc())
+        return 1
 
 
 def tell(pool: Connection, kind: Any, value: Any) -> None:
@@ -100,7 +120,7 @@ def run_job(
     layout: dict[str, Any] | None,
     seed: int,
 ) -> Any:
-    """Set up one job's world, run ``target`` (``module:function``) and take the world down.
+    """Set up one job's world and run ``target`` (``module:function``) in it.
 
     Rank 0 opens the TCP store on a free loopback port and tells the pool, which tells the others.
     """
@@ -119,35 +139,16 @@ def run_job(
         timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
     )  # fmt: skip
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
-    try:
-        if layout is not None:
-            from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    if layout is not None:
+        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-            parallel.initialize_model_parallel(**layout)
-            model_parallel_cuda_manual_seed(seed)
-        torch.manual_seed(seed)
-        module, _, name = target.partition(":")
-        result = getattr(importlib.import_module(module), name)(**kwargs)
-        torch.distributed.barrier()
-        return result
-    finally:
-        take_down()
-
-
-def take_down() -> None:
-    """Forget every group and every piece of Megatron's global state a job may have left."""
-    import torch
-    from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
-    from megatron.core.transformer.moe.router_replay import RouterReplay
-
-    from megatron_k2 import parallel
-
-    RouterReplay.clear_global_router_replay_instances()
-    unset_num_microbatches_calculator()
-    if "megatron.training.global_vars" in sys.modules:
-        sys.modules["megatron.training.global_vars"].destroy_global_vars()
-    parallel.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
+        parallel.initialize_model_parallel(**layout)
+        model_parallel_cuda_manual_seed(seed)
+    torch.manual_seed(seed)
+    module, _, name = target.partition(":")
+    result = getattr(importlib.import_module(module), name)(**kwargs)
+    torch.distributed.barrier()  # nobody leaves while another may still need its sockets
+    return result
 
 
 if __name__ == "__main__":
