@@ -13,6 +13,7 @@ from megatron_k2.patches.cpu import (
     share_storage,
     tensor_cuda,
     tensor_types,
+    tiled_cross_entropy,
 )
 from megatron_k2.patches.megatron_core import (
     adam_state_dict,
@@ -41,6 +42,7 @@ ALL_PATCHES: tuple[Patch, ...] = (
     record_stream.PATCH,
     rng_state.PATCH,
     scale_in_place.PATCH,
+    tiled_cross_entropy.PATCH,
     share_storage.PATCH,
     *tensor_types.PATCHES,
     compile_helpers.PATCH,

@@ -1,11 +1,12 @@
-"""K2's multi-latent attention: upstream's, with three corrections.
+"""K2's multi-latent attention: upstream's, with four corrections.
 
 ``K2MLASelfAttention`` is a true subclass, so that upstream's schedules and checkpoints know it.
 (1) The shared rotary key: under tensor parallelism each rank's heads give only a part of its
 gradient, and upstream never sums the parts where ``linear_kv_down_proj`` is column-parallel (or
 replicated without sequence parallelism). (2) YaRN's angles are exact (rotary.py). (3) Without a
 query latent there is no query norm, as in Moonlight and Hugging Face; upstream norms the hidden
-states a second time (Transformer Engine) or refuses (local).
+states a second time (Transformer Engine) or refuses (local). (4) The norms of the latents keep
+DeepSeek-V3's fixed epsilon, whatever the other norms' is (Moonlight's is 1e-5).
 """
 
 from __future__ import annotations
@@ -27,6 +28,13 @@ from torch import Tensor
 
 from megatron_k2.model.rotary import K2YarnRotaryEmbedding, yarn_settings_from_config
 from megatron_k2.model.yarn import yarn_softmax_scale
+
+LATENT_NORM_EPSILON = 1e-6
+"""``q_a_layernorm`` and ``kv_a_layernorm`` are built without ``rms_norm_eps`` in the released
+modelling code and in transformers (models/deepseek_v3/modeling_deepseek_v3.py)."""
+
+_LATENT_NORMS = ("q_layernorm", "kv_layernorm", "linear_q_up_proj", "linear_kv_up_proj")
+"""Where they are: modules of their own, or fused into Transformer Engine's up-projections."""
 
 
 class _SumRotaryKeyGradient(torch.autograd.Function):
@@ -52,6 +60,10 @@ class K2LatentAttention:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        for name in _LATENT_NORMS:
+            norm = getattr(self, name, None)
+            if hasattr(norm, "eps"):
+                norm.eps = LATENT_NORM_EPSILON
         scale = cast("int", self.q_head_dim) ** -0.5  # type: ignore[attr-defined]
         if self.config.rope_type == "yarn":  # type: ignore[attr-defined]
             settings = yarn_settings_from_config(self.config)  # type: ignore[attr-defined]

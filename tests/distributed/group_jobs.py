@@ -111,3 +111,24 @@ def die_on(rank: int) -> None:
     if torch.distributed.get_rank() == rank:
         os.kill(os.getpid(), signal.SIGKILL)
     torch.distributed.barrier()
+
+
+def split_vocabulary(shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Return loss and gradient of this rank's words, and upstream's of the same."""
+    from megatron_k2.model.cross_entropy import tiled_vocab_parallel_cross_entropy
+    from megatron_k2.patches.cpu import tiled_cross_entropy
+
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(shape, generator=generator).mul_(5)
+    target = torch.randint(shape[-1], shape[:-1], generator=generator)
+    group = parallel.get_pg_collection().tp
+    mine = logits.chunk(group.size(), -1)[group.rank()]
+    found = {"whole": (logits, target)}
+    for name, compute in (
+        ("ours", tiled_vocab_parallel_cross_entropy),
+        ("upstream", lambda *a: tiled_cross_entropy.PATCH.original()(a[0], a[1], 0.0, a[2])),
+    ):
+        leaf = mine.clone().requires_grad_()
+        loss = compute(leaf * 1.0, target, group)
+        found[name] = (loss.detach(), torch.autograd.grad(loss.mean(), leaf)[0])
+    return found

@@ -22,6 +22,7 @@ CASES = {
     "v wider than q": dict(v_head_dim=51, qk_head_dim=9, num_attention_heads=3),
     "DeepSeek's ramp": dict(beta_fast=32.0, beta_slow=1.0, rotary_base=10000.0),
     "mscale in cos and sin": dict(mscale=0.707, mscale_all_dim=1.0),
+    "large epsilon": dict(layernorm_epsilon=0.1),  # which the norms of the latents do not take
 }
 LENGTHS = {1: 1, 13: 2, 150: 3}  # tokens: sequences
 
