@@ -61,7 +61,7 @@ class K2LatentAttention:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         for name in _LATENT_NORMS:
-            norm = getattr(self, name, None)
+            norm: Any = getattr(self, name, None)
             if hasattr(norm, "eps"):
                 norm.eps = LATENT_NORM_EPSILON
         scale = cast("int", self.q_head_dim) ** -0.5  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable
@@ -11,7 +12,8 @@ from typing import Any
 def run_as_command(main: Callable[[], Any]) -> int:
     """Register K2, run ``main`` and turn a usage error into one line and exit status 2.
 
-    Only errors about a user's input are shortened; anything else keeps its traceback.
+    Only errors about a user's input are shortened; anything else keeps its traceback. A process
+    that fails really ends, so that its launcher can end the others.
 
     Args:
         main: what to run once K2 is registered.
@@ -30,8 +32,24 @@ def run_as_command(main: Callable[[], Any]) -> int:
         with exit_code_of_last_save():
             main()
     except (UsageError, CheckpointRefused) as error:
+        _kill_data_workers()
         return _refuse(error)
+    except BaseException:
+        _kill_data_workers()
+        raise
     return 0
+
+
+def _kill_data_workers() -> None:
+    """Kill the data loader's processes, which the interpreter would wait for without end.
+
+    Under ``--exit-signal-handler`` they ignore the SIGTERM it sends them
+    (``megatron/training/datasets/data_samplers.py`` worker_init_fn), and a traceback keeps the
+    loader alive that would tell them to stop.
+    """
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _refuse(error: Exception) -> int:

@@ -12,77 +12,22 @@ example (two processes on a laptop, random tokens):
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from megatron_k2.inputs import require_data
+from megatron_k2.inputs import UsageError, require_data
+from megatron_k2.training.batch import get_batch, needs_data
 from megatron_k2.training.command_line import run_as_command
 
-BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
-# What upstream's broadcast looks up besides; packed sequences are not read by this runner.
-UPSTREAM_KEYS = (
-    *BATCH_KEYS,
-    "cu_seqlens",
-    "cu_seqlens_padded",
-    "hybrid_cp_group",
-    "local_cp_size",
-    "max_seqlen",
-)
 Report = dict[str, Tensor]
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, Report]]
-
-
-def get_batch(data_iterator: Any, vp_stage: int | None = None) -> dict[str, Tensor | None]:
-    """Return this rank's microbatch; every entry is None on a middle pipeline stage.
-
-    Returns:
-        ``tokens``, ``labels``, ``position_ids`` int64 and ``loss_mask`` fp32, each
-        [micro_batch_size, seq_length / cp]; ``attention_mask`` None (causal).
-
-    Collective: broadcast over the tensor-parallel group - every rank of it must call.
-    """
-    from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
-    from megatron.training import get_args
-    from megatron.training.utils import is_first_or_last_pipeline_stage
-
-    from megatron_k2 import parallel
-
-    args = get_args()
-    if not is_first_or_last_pipeline_stage(vp_stage):
-        return dict.fromkeys(BATCH_KEYS)
-    groups = parallel.get_pg_collection()
-    batch: dict[str, Any] = {}
-    if groups.tp.rank() == 0:
-        drawn = next(data_iterator)
-        batch = {key: _moved(drawn.get(key)) for key in UPSTREAM_KEYS}
-    batch = get_batch_on_this_tp_rank(
-        batch,
-        broadcast_src_rank=torch.distributed.get_global_rank(groups.tp, 0),
-        broadcast_group=groups.tp,
-        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
-        cp_size=args.context_parallel_size,
-        tp_rank=groups.tp.rank(),
-        micro_batch_size=args.micro_batch_size,
-        seq_length=args.seq_length,
-        mtp_on_this_rank=False,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-        is_pipeline_first_stage=groups.pp.rank() == 0,
-        is_pipeline_last_stage=groups.pp.rank() == groups.pp.size() - 1,
-        has_cu_seqlens=False,
-        is_hybrid_cp=False,
-    )
-    batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=groups.cp)
-    return {key: batch.get(key) for key in BATCH_KEYS}
-
-
-def _moved(value: Tensor | None) -> Tensor | None:
-    """Return the tensor on the device (``Tensor.cuda`` is the host's on the CPU device)."""
-    return None if value is None else value.cuda(non_blocking=True)
 
 
 def loss_func(loss_mask: Tensor, output_tensor: Tensor) -> tuple[Tensor, Tensor, Report]:
@@ -95,12 +40,48 @@ def loss_func(loss_mask: Tensor, output_tensor: Tensor) -> tuple[Tensor, Tensor,
     Returns:
         Scalar sum in nats, int32 token count, and ``{"lm loss": [sum, count]}``, which Megatron
         reduces over the data-parallel group and divides.
+
+    Raises:
+        Whatever Megatron's rerun machinery raises for a loss that is NaN or infinite
+        (``--check-for-nan-in-loss-and-grad``) or far above the usual (``--check-for-spiky-loss``).
     """
     losses = output_tensor.view(-1).float()
     mask = loss_mask.view(-1).float()
     loss = torch.sum(losses * mask)
     num_tokens = mask.sum().detach().to(torch.int)
+    _check_loss(loss)
     return loss, num_tokens, {"lm loss": torch.cat([loss.detach().view(1), num_tokens.view(1)])}
+
+
+SPIKY_LOSS_FACTOR = 10
+"""``--check-for-spiky-loss`` reports a loss above this multiple of the largest one before it."""
+
+
+def _check_loss(loss: Tensor) -> None:
+    """Hand the loss to Megatron's rerun state machine, as the stock script does."""
+    from megatron.core.rerun_state_machine import get_rerun_state_machine
+    from megatron.training import get_args
+
+    args, machine = get_args(), get_rerun_state_machine()
+    if args.check_for_nan_in_loss_and_grad:
+        for name, rejects in (("NaN", torch.isnan), ("Inf", torch.isinf)):
+            machine.validate_result(
+                result=loss,
+                rejection_func=rejects,
+                message=f"found {name} in local forward loss calculation",
+                tolerance=0.0,  # a forward pass is deterministic
+                fatal=True,
+            )
+    if args.check_for_spiky_loss:
+        machine.validate_result(
+            result=loss,
+            rejection_func=partial(
+                machine.is_unexpectedly_large, threshold=SPIKY_LOSS_FACTOR, context="loss"
+            ),
+            message="Spiky loss",
+            tolerance=0.0,
+            fatal=False,
+        )
 
 
 def forward_step(
@@ -120,10 +101,13 @@ def forward_step(
     from megatron.core.utils import get_attr_wrapped_model
 
     batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
-    inputs = (batch["tokens"], batch["position_ids"], batch["attention_mask"])
-    run = model.build_schedule_plan if return_schedule_plan else model
-    output = run(*inputs, labels=batch["labels"], loss_mask=batch["loss_mask"])
-    return output, partial(loss_func, cast("Tensor", batch["loss_mask"]))
+    inputs = (batch.tokens, batch.position_ids, batch.attention_mask)
+    targets: dict[str, Any] = {"labels": batch.labels, "loss_mask": batch.loss_mask}
+    if return_schedule_plan:
+        output = model.build_schedule_plan(*inputs, **targets)
+    else:
+        output = model(*inputs, **targets, packed_seq_params=batch.packed)
+    return output, partial(loss_func, cast("Tensor", batch.loss_mask))
 
 
 def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, ...]:
@@ -141,7 +125,6 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
     )
     from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset
     from megatron.training import get_args
-    from megatron.training.utils import is_first_or_last_pipeline_stage
 
     from megatron_k2 import parallel
 
@@ -150,7 +133,7 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
     return BlendedMegatronDatasetBuilder(
         MockGPTDataset if args.mock_data else GPTDataset,
         num_samples,
-        lambda: tp_rank == 0 and is_first_or_last_pipeline_stage(vp_stage),
+        lambda: tp_rank == 0 and needs_data(args, vp_stage),
         _dataset_config(args),
     ).build()
 
@@ -182,7 +165,57 @@ def _dataset_config(args: Any) -> Any:
         create_attention_mask=args.create_attention_mask_in_dataloader,
         object_storage_cache_path=args.object_storage_cache_path,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        sequences_per_dataset=_sequences_per_dataset(args),
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
+        context_parallel_size=args.context_parallel_size,
+        data_parallel_size=args.data_parallel_size,
+        sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
+        inter_document_masking=args.dataloader_inter_document_masking,
     )
+
+
+def _sequences_per_dataset(args: Any) -> dict[str, int] | None:
+    """Return what ``--per-dataset-sequences-path`` holds: sequences of each data path."""
+    if args.per_dataset_sequences_path is None:
+        return None
+    text = Path(args.per_dataset_sequences_path).read_text(encoding="utf-8")
+    return cast("dict[str, int]", json.loads(text))
+
+
+def refuse_unsupported(args: Any) -> None:
+    """Refuse what the stock ``pretrain_gpt.py`` does and this runner does not.
+
+    Raises:
+        UsageError: a flag whose meaning would be lost.
+    """
+    refused = {
+        "--sft": args.sft,
+        "--fim-data": args.fim_data,
+        "--hybrid-context-parallel": args.hybrid_context_parallel,
+        "--logits-load-dir": args.logits_load_dir is not None,
+        "--mtp-num-layers": bool(args.mtp_num_layers),
+    }
+    for flag, is_asked in refused.items():
+        if is_asked:
+            raise UsageError(
+                f"{flag}: not supported by megatron_k2.training.pretrain; run "
+                "`torchrun -m megatron_k2 pretrain_gpt.py` with a Megatron-LM checkout"
+            )
+    if args.dataloader_inter_document_masking and args.overlap_moe_expert_parallel_comm:
+        raise UsageError(
+            "--dataloader-inter-document-masking: the schedule of "
+            "--overlap-moe-expert-parallel-comm takes no packed sequences; drop one of the two"
+        )
+    stages, size = args.pipeline_model_parallel_size, args.micro_batch_size
+    packs = args.dataloader_inter_document_masking
+    if packs and stages > 1 and size > 1 and not args.variable_seq_lengths:
+        raise UsageError(
+            f"--micro-batch-size {size}: with --dataloader-inter-document-masking and "
+            f"--pipeline-model-parallel-size {stages} it must be 1, because packing makes one row "
+            "of a microbatch and the stages expect its shape unpacked"
+        )
 
 
 def embedding_ranks(pp_ranks: list[int]) -> list[int]:
@@ -204,6 +237,7 @@ def main() -> None:
     from megatron.training.arguments import parse_and_validate_args
 
     args = parse_and_validate_args(args_defaults={"tokenizer_type": "SentencePieceTokenizer"})
+    refuse_unsupported(args)
     require_data(args)
     model_config = gpt_config_from_args(args)
     pretrain(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from megatron_k2.checkpoint import intact, save_outcome
+from megatron_k2.training.launch import free_port
 from tests.distributed.trainings import Training, tensors_of, zygote
 
 EP2 = "--expert-model-parallel-size=2"
@@ -72,6 +75,29 @@ def test_sigterm_saves_and_leaves_with_success(tmp_path: Path) -> None:
     last = max(run.losses())
     assert (tmp_path / intact.TRACKER).read_text() == str(last)
     assert intact.verify(tmp_path, last) == []
+
+
+def test_a_rank_that_raises_ends_the_job(tmp_path: Path) -> None:
+    script = tmp_path / "raises.py"
+    script.write_text(
+        "import os\n"
+        "from megatron_k2.training import pretrain\n"
+        "def raises(*arguments):\n"
+        "    raise RuntimeError('this rank has had enough')\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    pretrain.loss_func = raises\n"
+        "pretrain.main()\n"
+    )
+    command = [
+        *(sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node=2"),
+        *("--master-addr=127.0.0.1", f"--master-port={free_port()}", "-m", "megatron_k2"),
+        *(str(script), "--k2-preset=k2-micro", "--k2-device=cpu", "--mock-data", "--num-workers=1"),
+        *("--tokenizer-type=NullTokenizer", "--vocab-size=1023", "--lr=1e-3", "--train-iters=2"),
+        *("--seq-length=64", "--micro-batch-size=1", "--eval-iters=0", "--exit-signal-handler"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "this rank has had enough" in done.stderr
 
 
 def test_full_disk_does_not_end_the_training_but_its_exit_code_tells(tmp_path: Path) -> None:

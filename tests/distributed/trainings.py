@@ -47,7 +47,6 @@ ARGUMENTS = (
     "--k2-preset=k2-micro",
     "--k2-precision=fp32",
     "--no-k2-max-attention-logit",
-    "--mock-data",
     "--tokenizer-type=NullTokenizer",
     "--vocab-size=1023",
     "--num-workers=0",
@@ -136,13 +135,18 @@ class Zygote:
     def train(
         self, *arguments: str, world_size: int = 2, environment: dict[str, str] | None = None
     ) -> Training:
-        """Start one training; the arguments follow ``ARGUMENTS`` and win over them."""
+        """Start one training; the arguments follow ``ARGUMENTS`` and win over them.
+
+        Random tokens, unless a ``--data-path=`` is among the arguments.
+        """
         if self.connection is None:
             self.connection = self._connect()
         self.count += 1
         folder = Path(self.folder.name) / str(self.count)
         folder.mkdir()
         argv = [*ARGUMENTS, *arguments]
+        if not any(argument.startswith("--data-path=") for argument in arguments):
+            argv.append("--mock-data")
         self.connection.send((argv, world_size, _free_port(), str(folder), environment or {}))
         return Training(self.connection.recv(), folder)
 
