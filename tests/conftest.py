@@ -1,6 +1,7 @@
 """Environment of every test: threads and back ends are set before torch is imported.
 
-One thread a process makes sums reproducible and lets several processes share the cores.
+One thread a process makes sums reproducible and lets several processes share the cores. Without a
+GPU, GPU packages are hidden before any test module imports megatron, as ``register`` does first.
 """
 
 import os
@@ -15,3 +16,10 @@ os.environ.update(
     WANDB_MODE="disabled",
     MPLBACKEND="Agg",
 )
+
+import torch
+
+from megatron_k2.patches.cpu import hide_gpu_packages
+
+if not torch.cuda.is_available():
+    hide_gpu_packages.PATCH.apply()

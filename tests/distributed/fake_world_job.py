@@ -46,7 +46,8 @@ def build_rank(
     config = preset_config(
         preset, perform_initialization=False, bf16=True, params_dtype=torch.bfloat16,
         pipeline_dtype=torch.bfloat16, transformer_impl=transformer_impl,
-        use_cpu_initialization=transformer_impl == "local", **layout,
+        use_cpu_initialization=transformer_impl == "local",
+        init_model_with_meta_device=transformer_impl != "local", **layout,
     )  # fmt: skip
     chosen = load_preset(preset)
     model_config = GPTModelConfig(

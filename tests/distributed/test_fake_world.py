@@ -44,8 +44,22 @@ def expected_weights(num_dense: int, num_moe: int) -> int:
     )
 
 
+NUM_STAGES = 16
+ALWAYS = (0, 7, 15)  # the others in `make evidence`
+
+
+def layers_of(stage: int) -> list[int]:
+    """Return the numbers, from 1, of a stage's layers: 3, then 4 each, then 2."""
+    first = 4 * stage
+    return [layer for layer in range(first, first + 4) if 1 <= layer <= 61]
+
+
 STAGES = pytest.mark.parametrize(
-    ("stage", "layers"), [(0, [1, 2, 3]), (7, [28, 29, 30, 31]), (15, [60, 61])]
+    "stage",
+    [
+        pytest.param(stage, marks=[] if stage in ALWAYS else [pytest.mark.evidence])
+        for stage in range(NUM_STAGES)
+    ],
 )
 
 
@@ -55,10 +69,11 @@ def what_to_build(stage: int) -> dict[str, Any]:
     return dict(rank=rank, world_size=WORLD_SIZE, preset="kimi-k2", layout=LAYOUT)
 
 
-def check(built: dict[str, Any], stage: int, layers: list[int]) -> None:
+def check(built: dict[str, Any], stage: int) -> None:
     """Compare a built rank with the released configuration."""
     print(f"stage {stage}: {built['seconds']:.1f} s, of which groups {built['groups_s']:.1f} s")
     assert built["seconds"] < SECONDS_A_RANK
+    layers = layers_of(stage)
     assert built["layers"] == layers
     assert built["devices"] == ["meta"]
     vocabulary = int(load_preset("kimi-k2").value("vocab_size")) * 7168
@@ -68,14 +83,25 @@ def check(built: dict[str, Any], stage: int, layers: list[int]) -> None:
 
 
 @STAGES
-def test_stage_of_kimi_k2_builds_in_under_a_minute(pool: Pool, stage, layers):
+def test_stage_of_kimi_k2_builds_in_under_a_minute(pool: Pool, stage):
     (built,) = pool.run(BUILD, 1, kwargs=what_to_build(stage))
     assert "K2GroupedMLP" in built["classes"]
-    check(built, stage, layers)
+    check(built, stage)
+
+
+def test_all_ranks_together_hold_every_layer_and_weight_of_kimi_k2():
+    layers = [layer for stage in range(NUM_STAGES) for layer in layers_of(stage)]
+    assert layers == list(range(1, 62))
+    value = load_preset("kimi-k2").value
+    hidden, expert = int(value("hidden_size")), 3 * int(value("hidden_size")) * 2048
+    dense, moe = expected_weights(1, 0), 60 * expected_weights(0, 1)
+    others = 60 * 15 * int(value("num_experts")) // 16 * expert  # experts of the other 15 EP ranks
+    ends = 2 * int(value("vocab_size")) * hidden + hidden
+    assert dense + moe + others + ends == 1_026_408_209_408
 
 
 @STAGES
-def test_stage_of_kimi_k2_builds_with_transformer_engine(stage, layers):
+def test_stage_of_kimi_k2_builds_with_transformer_engine(stage):
     if distribution_version("transformer-engine") is None:
         pytest.skip("transformer-engine is not installed: its modules cannot be built")
     what = json.dumps(dict(what_to_build(stage), transformer_impl="transformer_engine"))
@@ -83,4 +109,4 @@ def test_stage_of_kimi_k2_builds_with_transformer_engine(stage, layers):
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     built = json.loads(output.splitlines()[-1])
     assert "TEGroupedMLP" in built["classes"]
-    check(built, stage, layers)
+    check(built, stage)
