@@ -126,7 +126,7 @@ def build(run: Run, groups: Any, **overrides: Any) -> tuple[list[Any], Any]:
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam", lr=run.learning_rate, weight_decay=0.1, adam_beta1=0.9,
-            adam_beta2=0.95,
+            adam_beta2=0.95, adam_eps=1e-5,
             clip_grad=1e6,  # never reached: the norm is computed, no gradient is scaled by it
             bf16=run.bf16, params_dtype=dtype,
             use_distributed_optimizer=run.use_distributed_optimizer,
