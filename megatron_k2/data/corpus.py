@@ -27,7 +27,7 @@ MIN_TEXT_BYTES = 200_000  # below this no tokenizer of a preset can be learnt
 
 @dataclass(frozen=True)
 class CorpusReport:
-    """What was kept and dropped; counts of documents and bytes of UTF-8 text."""
+    """What was kept and dropped; counts of documents that are not blank, bytes of UTF-8 text."""
 
     num_documents: int
     num_exact_duplicates: int
@@ -68,8 +68,8 @@ def build_corpus(documents: Iterable[Document], heldout_bytes: int) -> Corpus:
     distinct: dict[str, Document] = {}
     num_documents = 0
     for document in documents:
-        num_documents += 1
         if document.text.strip():
+            num_documents += 1
             distinct.setdefault(content_hash(document.text), document)
     sizes = {key: len(document.text.encode()) for key, document in distinct.items()}
     total_bytes = sum(sizes.values())

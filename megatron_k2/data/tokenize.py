@@ -39,47 +39,48 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
 
     Args:
         texts: training documents only; the first 4 MB are learnt from, so give them shuffled.
-        vocab_size: number of pieces, with 4 control, 1 line feed and 256 byte pieces in it.
+        vocab_size: number of pieces, with 4 control, 1 line feed and 256 byte pieces in it. Texts
+            of too few distinct words give as many as they can.
 
     Returns:
         The serialised sentencepiece model, byte-identical for the same texts.
-
-    Raises:
-        ValueError: the texts hold too few distinct words for the vocabulary.
     """
+    sample = list(_sample_lines(texts))
+    try:
+        return _train(sample, vocab_size)
+    except RuntimeError as error:
+        most = re.search(r"value <= (\d+)", str(error))
+        if most is None:
+            raise
+        return _train(sample, int(most[1]))
+
+
+def _train(lines: list[str], vocab_size: int) -> bytes:
+    """Return the model that sentencepiece learns from the lines."""
     import sentencepiece
 
     model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sample_lines(texts),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            character_coverage=0.9995,  # sentencepiece's default; the rest goes to bytes
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            user_defined_symbols=["\n"],
-            unk_id=0,
-            bos_id=1,
-            eos_id=EOD_ID,
-            pad_id=3,
-            max_sentence_length=8 * LINE_CHARS,  # bytes; 4 a character at most
-            num_threads=1,  # it is stored in the model, whose bytes must not vary
-            minloglevel=2,  # errors only
-        )
-    except RuntimeError as error:
-        allowed = re.search(r"value <= (\d+)", str(error))
-        if allowed is None:
-            raise
-        raise ValueError(
-            f"--vocab-size {vocab_size}: the text has too few distinct words; "
-            f"at most {allowed.group(1)} is possible"
-        ) from error
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        character_coverage=0.9995,  # sentencepiece's default; the rest goes to bytes
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        split_digits=True,
+        user_defined_symbols=["\n"],
+        unk_id=0,
+        bos_id=1,
+        eos_id=EOD_ID,
+        pad_id=3,
+        max_sentence_length=8 * LINE_CHARS,  # bytes; 4 a character at most
+        num_threads=1,  # it is stored in the model, whose bytes must not vary
+        minloglevel=2,  # errors only
+    )
     return model.getvalue()
 
 

@@ -16,6 +16,7 @@ import os
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,19 +119,20 @@ def tokens_stage(job: Job, vocab_size: int) -> dict[str, Any]:
         model.write_bytes(train_tokenizer(read_texts(job.corpus / "train.jsonl"), vocab_size))
         tokenizer = load_tokenizer(model)
         threads = min(8, len(os.sched_getaffinity(0)))
-        return {
+        counts = {
             split: write_indexed(
                 read_texts(job.corpus / f"{split}.jsonl"), tokenizer, folder / split, threads
             )
             for split in ("train", "heldout")
         }
+        return {**counts, "pieces": int(tokenizer.vocab_size())}
 
     inputs = {"text": marker_hash(job.corpus), "vocabulary": vocab_size}
     report, built = stages.run_stage(job.tokens, inputs, build)
     say(
         "tokens",
         f"{report['train']:,} training and {report['heldout']:,} held-out tokens of "
-        f"{vocab_size:,} pieces" + ("" if built else "; done before"),
+        f"{report['pieces']:,} pieces" + ("" if built else "; done before"),
     )
     return report
 
@@ -222,6 +224,7 @@ def run(args: argparse.Namespace) -> None:
     with stages.locked(job.output) as lock:
         corpus = corpus_stage(job, args.input)
         tokens = tokens_stage(job, vocab_size)
+        job = replace(job, vocab_size=tokens["pieces"])
         plan = plan_stage(job, args, lock)
         train_stage(job, plan, lock)
         finish(job, plan, corpus, tokens, args.prompt)

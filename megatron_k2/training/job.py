@@ -64,6 +64,7 @@ class Job:
 
     output: Path
     settings: Settings = field(default_factory=Settings)
+    vocab_size: int | None = None  # of the tokenizer, known once it is trained; None: the preset's
 
     @property
     def corpus(self) -> Path:
@@ -98,6 +99,7 @@ class Job:
             *("--tokenizer-type", "SentencePieceTokenizer"),
             *("--tokenizer-model", str(self.tokens / "tokenizer.model")),
             *("--seed", str(settings.seed)),
+            *(("--vocab-size", str(self.vocab_size)) if self.vocab_size else ()),
         ]
 
     def _run_arguments(self, train_iters: int, lr: float) -> list[str]:

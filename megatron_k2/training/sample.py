@@ -90,6 +90,20 @@ def add_sample_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
+def check_sample_args(args: Any) -> None:
+    """Check the sampler's flags.
+
+    Raises:
+        UsageError: one is out of its range.
+    """
+    if not 0 < args.k2_top_p <= 1:
+        raise UsageError(f"--k2-top-p {args.k2_top_p:g} must be above 0 and at most 1")
+    if args.k2_temperature < 0:
+        raise UsageError(f"--k2-temperature {args.k2_temperature:g} must be 0 or more")
+    if args.k2_sample_tokens < 1:
+        raise UsageError(f"--k2-sample-tokens {args.k2_sample_tokens} must be at least 1")
+
+
 def load_model(args: Any) -> Any:
     """Build the model of the parsed arguments in this process and load --load's weights.
 
@@ -134,6 +148,7 @@ def main() -> None:
     args = parse_and_validate_args(
         add_sample_args, args_defaults={"no_load_optim": True, "no_load_rng": True}
     )
+    check_sample_args(args)
     model = load_model(args)
     tokenizer = get_tokenizer()
     prompt = tokenizer.tokenize(args.k2_prompt) or [tokenizer.eod]

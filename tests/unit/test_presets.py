@@ -4,6 +4,7 @@ import argparse
 import re
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -237,3 +238,14 @@ def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
 def test_a_malformed_preset_names_what_is_wrong(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         presets.parse_preset(text)
+
+
+@pytest.mark.parametrize("name", sorted(COUNTS))
+def test_the_readmes_table_states_these_counts(name):
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (row,) = [line for line in readme.splitlines() if line.startswith(f"| `{name}` |")]
+    for cell, count in zip(row.split("|")[5:7], COUNTS[name], strict=False):
+        number, unit = cell.split()
+        written, factor = number.replace(",", ""), {"B": 1e9, "M": 1e6}[unit]
+        decimals = len(written.partition(".")[2])
+        assert written == f"{count / factor:.{decimals}f}", row

@@ -46,6 +46,12 @@ def test_the_users_flags_win(tmp_path):
     assert value(job.train_arguments(100, 0.5), "--lr") == "5e-3"
 
 
+def test_the_model_has_the_tokenizers_vocabulary(tmp_path):
+    job = Job(tmp_path, vocab_size=300)
+    for arguments in (job.train_arguments(100, 0.5), job.sample_arguments("text")):
+        assert value(arguments, "--vocab-size") == "300"
+
+
 def test_steps_fill_the_minutes_after_the_evaluations():
     plan = {"seconds_per_iteration": 0.5, "evaluation_s": 5.0}
     assert planned_steps(plan, 3) == (180 - 4 * 5) / 0.5

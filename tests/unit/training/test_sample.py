@@ -1,8 +1,12 @@
 """Nucleus sampling: what is kept, what is never drawn, where it stops."""
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 
-from megatron_k2.training.sample import choose_token, continue_tokens
+from megatron_k2.inputs import UsageError
+from megatron_k2.training.sample import check_sample_args, choose_token, continue_tokens
 
 PROBS = torch.tensor([0.5, 0.3, 0.15, 0.05])
 
@@ -62,3 +66,14 @@ def test_the_same_seed_gives_the_same_tokens():
         continue_tokens(model, [1], 30, 8, 99, 20, temperature=40.0, seed=5) for _ in range(2)
     )
     assert first == again
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("top_p", 0.0), ("top_p", 1.5), ("temperature", -1.0), ("sample_tokens", 0)]
+)
+def test_flags_out_of_range_are_refused_by_name(flag, value):
+    args = SimpleNamespace(k2_top_p=0.9, k2_temperature=0.0, k2_sample_tokens=1)
+    check_sample_args(args)
+    setattr(args, f"k2_{flag}", value)
+    with pytest.raises(UsageError, match=f"--k2-{flag.replace('_', '-')} {value:g} must be"):
+        check_sample_args(args)
