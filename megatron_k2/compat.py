@@ -137,9 +137,17 @@ def optional(name: str) -> Availability:
     return Availability(name, True, cause is None, version, cause)
 
 
-def te_installed() -> bool:
-    """Return whether Transformer Engine is installed, usable or not."""
-    return optional("transformer_engine").installed
+def te_importable() -> bool:
+    """Return whether Megatron can import Transformer Engine in this process.
+
+    Not where it is missing, nor on the CPU device, which hides it; without a GPU its modules can be
+    built on the meta device all the same.
+    """
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except (ImportError, OSError, RuntimeError):  # TE loads CUDA's libraries at import
+        return False
+    return True
 
 
 def te_usable() -> bool:

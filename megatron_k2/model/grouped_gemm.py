@@ -20,7 +20,11 @@ from torch import Tensor
 from megatron_k2.model.permutation import TokenPermutation
 
 ROW_MULTIPLE = 16
-"""Bucket heights are multiples of this: measured best of 16, 32 and 64 (see the module's text)."""
+"""Bucket heights are multiples of this; for short ones the best of 16, 32 and 64."""
+
+HEIGHT_STEPS = 16
+"""Heights between two powers of two: at most 1/16 is padding, and the shapes that oneDNN has to
+generate code for (0.3 ms each, 30 new ones a step with every multiple of 16) are soon all known."""
 
 BUCKET_EXPERTS = 4
 """Experts in one batched product: 4 keeps padding near 7 % and two cores busy (of 4, 8, 16)."""
@@ -87,6 +91,12 @@ def _select(weight: Tensor, experts: Tensor) -> Tensor:
     return weight.transpose(1, 2).index_select(0, experts).transpose(1, 2)
 
 
+def bucket_height(rows: int) -> int:
+    """Return the height of a bucket whose heaviest expert has ``rows`` rows, at least one."""
+    step = max(ROW_MULTIPLE, (1 << (rows - 1).bit_length()) // (2 * HEIGHT_STEPS))
+    return -(-rows // step) * step
+
+
 class ExpertBuckets:
     """The rows of all experts padded and batched; planned once per layer and step.
 
@@ -119,7 +129,7 @@ class ExpertBuckets:
         self.padded_rows = 0
         padded_start = torch.zeros_like(counts)
         for experts in order.split(BUCKET_EXPERTS) if num_rows else ():
-            height = -(-int(counts[experts[-1]]) // ROW_MULTIPLE) * ROW_MULTIPLE
+            height = bucket_height(int(counts[experts[-1]]))
             rows = slice(self.padded_rows, self.padded_rows + height * experts.numel())
             padded_start[experts] = torch.arange(rows.start, rows.stop, height)
             self.groups.append(Bucket(experts.to(device), rows, height))

@@ -75,7 +75,7 @@ def get_k2_layer_specs(
             "transformer_engine"
         )
     use_te = config.transformer_impl == "transformer_engine"
-    if use_te and not compat.te_installed():
+    if use_te and not compat.te_importable():
         compat.optional("transformer_engine").require()
     block = get_gpt_decoder_block_spec(
         config,
