@@ -17,6 +17,7 @@ INSTALL_REQUIRES = [
     "sentencepiece>=0.2,<0.3",
     "tensorboard>=2.19,<3",
     "matplotlib>=3.9,<4",
+    "tqdm>=4.66,<5",
 ]
 EXTRAS_REQUIRE = {
     # Needs CUDA 13, a compiler and --no-build-isolation; used only where torch sees a GPU. It loads

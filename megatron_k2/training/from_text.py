@@ -10,15 +10,19 @@ go to megatron_k2.training.pretrain unchanged and win over the job's own.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
 import sys
 import time
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from megatron_k2.data.corpus import build_corpus, write_corpus
 from megatron_k2.data.documents import read_input, read_python_library
@@ -88,6 +92,18 @@ def say(stage: str, text: str) -> None:
     print(f"[{stage}] {text}", flush=True)
 
 
+@contextlib.contextmanager
+def progress_bar(what: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
+    """Show how much of a text is done, where somebody looks; yields a call that takes it.
+
+    Args:
+        what: the work.
+        num_bytes: of the text; the call counts characters, nearly the same number.
+    """
+    with tqdm(total=num_bytes, desc=what, unit="B", unit_scale=True, disable=None) as bar:
+        yield lambda done: bar.update(done - bar.n)
+
+
 def corpus_stage(job: Job, source: Path | None) -> dict[str, Any]:
     """Deduplicate and split the text; return the corpus report."""
 
@@ -111,21 +127,20 @@ def corpus_stage(job: Job, source: Path | None) -> dict[str, Any]:
     return report
 
 
-def tokens_stage(job: Job, vocab_size: int) -> dict[str, Any]:
-    """Train the tokenizer and write `.bin/.idx`; return the numbers of tokens."""
+def tokens_stage(job: Job, corpus: dict[str, Any], vocab_size: int) -> dict[str, Any]:
+    """Train the tokenizer and write `.bin/.idx`; return the numbers of tokens and pieces."""
 
     def build(folder: Path) -> dict[str, Any]:
         model = folder / "tokenizer.model"
         model.write_bytes(train_tokenizer(read_texts(job.corpus / "train.jsonl"), vocab_size))
         tokenizer = load_tokenizer(model)
         threads = min(8, len(os.sched_getaffinity(0)))
-        counts = {
-            split: write_indexed(
-                read_texts(job.corpus / f"{split}.jsonl"), tokenizer, folder / split, threads
-            )
-            for split in ("train", "heldout")
-        }
-        return {**counts, "pieces": int(tokenizer.vocab_size())}
+        report = {"pieces": int(tokenizer.vocab_size())}
+        for split in ("train", "heldout"):
+            texts, size = read_texts(job.corpus / f"{split}.jsonl"), corpus[f"{split}_bytes"]
+            with progress_bar(f"tokenising {split}", size) as bar:
+                report[split] = write_indexed(texts, tokenizer, folder / split, threads, bar)
+        return report
 
     inputs = {"text": marker_hash(job.corpus), "vocabulary": vocab_size}
     report, built = stages.run_stage(job.tokens, inputs, build)
@@ -223,7 +238,7 @@ def run(args: argparse.Namespace) -> None:
     job = Job(args.output, settings)
     with stages.locked(job.output) as lock:
         corpus = corpus_stage(job, args.input)
-        tokens = tokens_stage(job, vocab_size)
+        tokens = tokens_stage(job, corpus, vocab_size)
         job = replace(job, vocab_size=tokens["pieces"])
         plan = plan_stage(job, args, lock)
         train_stage(job, plan, lock)

@@ -10,9 +10,11 @@ Host only; nothing here ran on a GPU.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import os
 import statistics
-import tempfile
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -24,36 +26,18 @@ import torch  # noqa: E402  threads are set before torch starts
 from report import print_json, print_table  # noqa: E402
 
 WARM_UP = 10  # oneDNN has met most of the peer's row counts by then
-HIDDEN, FFN, EXPERTS, TOPK = 256, 128, 32, 4  # preset k2-nano
 
 
-def config() -> Any:
-    """Return the configuration of one MoE layer of k2-nano."""
-    from megatron_k2.model.config import K2TransformerConfig
-
-    return K2TransformerConfig(
-        num_layers=1, hidden_size=HIDDEN, ffn_hidden_size=640, num_attention_heads=4,
-        num_moe_experts=EXPERTS, moe_router_topk=TOPK, moe_ffn_hidden_size=FFN,
-        moe_shared_expert_intermediate_size=FFN, moe_router_score_function="sigmoid",
-        moe_router_enable_expert_bias=True, moe_router_load_balancing_type="seq_aux_loss",
-        moe_aux_loss_coeff=1e-3, moe_router_topk_scaling_factor=1.996, moe_router_dtype="fp32",
-        moe_token_dispatcher_type="alltoall", gated_linear_unit=True, add_bias_linear=False,
-        activation_func=torch.nn.functional.silu, bias_activation_fusion=False,
-        use_cpu_initialization=True, bf16=True, params_dtype=torch.bfloat16,
-        multi_latent_attention=True,
-    )  # fmt: skip
-
-
-def build_layers() -> tuple[Any, Any]:
-    """Return (ours, upstream's) with the same weights."""
+def build_layers(config: Any) -> tuple[Any, Any]:
+    """Return (ours, upstream's) with the same weights, for the configuration of a preset."""
     from megatron.core.models.backends import LocalSpecProvider
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
 
     from megatron_k2.model.moe import get_k2_moe_spec
 
-    ours = get_k2_moe_spec(config(), use_transformer_engine=False)(config=config(), layer_number=1)
-    builder = get_moe_module_spec_for_backend(LocalSpecProvider(), EXPERTS)
-    stock = builder(config=config(), layer_number=1)
+    ours = get_k2_moe_spec(config, use_transformer_engine=False)(config=config, layer_number=1)
+    builder = get_moe_module_spec_for_backend(LocalSpecProvider(), config.num_moe_experts)
+    stock = builder(config=dataclasses.replace(config, moe_grouped_gemm=False), layer_number=1)
     stock.router.load_state_dict(ours.router.state_dict())
     stock.shared_experts.load_state_dict(ours.shared_experts.state_dict())
     for index, expert in enumerate(stock.experts.local_experts):
@@ -64,8 +48,9 @@ def build_layers() -> tuple[Any, Any]:
 
 def step_ms(layer: Any, tokens: int) -> tuple[float, float]:
     """Return the milliseconds of one forward and one backward on new tokens."""
-    x = torch.randn(tokens, 1, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
-    grad = torch.randn(tokens, 1, HIDDEN, dtype=torch.bfloat16)
+    hidden = layer.config.hidden_size
+    x = torch.randn(tokens, 1, hidden, dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.randn(tokens, 1, hidden, dtype=torch.bfloat16)
     layer.zero_grad(set_to_none=True)
     start = time.perf_counter()
     output, _ = layer(x)
@@ -74,11 +59,12 @@ def step_ms(layer: Any, tokens: int) -> tuple[float, float]:
     return 1e3 * (middle - start), 1e3 * (time.perf_counter() - middle)
 
 
-def floor_ms(tokens: int, repeats: int) -> float:
+def floor_ms(config: Any, tokens: int, repeats: int) -> float:
     """Return the median milliseconds of the products alone, with equal loads."""
-    rows = tokens * TOPK // EXPERTS
-    shapes = [(EXPERTS, rows, HIDDEN, 2 * FFN), (EXPERTS, rows, FFN, HIDDEN)]
-    shapes += [(1, tokens, HIDDEN, 2 * FFN), (1, tokens, FFN, HIDDEN)]
+    experts, hidden, ffn = config.num_moe_experts, config.hidden_size, config.moe_ffn_hidden_size
+    shared, rows = config.moe_shared_expert_intermediate_size, tokens * config.moe_router_topk
+    shapes = [(experts, rows // experts, hidden, 2 * ffn), (experts, rows // experts, ffn, hidden)]
+    shapes += [(1, tokens, hidden, 2 * shared), (1, tokens, shared, hidden)]
     pairs = [
         (torch.randn(b, m, k).bfloat16(), torch.randn(b, k, n).bfloat16(), torch.randn(b, m, n))
         for b, m, k, n in shapes
@@ -104,46 +90,50 @@ def timed(run: Callable[[], None]) -> float:
 def main() -> None:
     """Time both layers in turns and print table and JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--preset", default="k2-nano")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=40)
-    args = parser.parse_args()
-    import megatron_k2
-
-    megatron_k2.register("cpu", [])
-    from megatron_k2 import parallel
-
+    options = parser.parse_args()
     torch.set_num_threads(THREADS)
-    with tempfile.NamedTemporaryFile() as file:
-        store = torch.distributed.FileStore(file.name, 1)
-        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-        parallel.initialize_model_parallel()
+    from contestants import parsed_args, start_single_process
+
+    with contextlib.redirect_stdout(sys.stderr):  # Megatron prints its arguments
+        args = parsed_args(options.preset, 1, options.tokens)
+        start_single_process()
+        from megatron.training.arguments import core_transformer_config_from_args
+
+        config = core_transformer_config_from_args(args)
         torch.manual_seed(0)
-        layers = build_layers()
-        times: list[list[tuple[float, float]]] = [[], []]
-        for repeat in range(WARM_UP + args.repeats):
-            for layer, found in zip(layers, times, strict=True):
-                found.append(step_ms(layer, args.tokens))
-                if repeat < WARM_UP:
-                    found.clear()
-        report(times, floor_ms(args.tokens, args.repeats))
-        torch.distributed.destroy_process_group()
+        layers = [layer.bfloat16() for layer in build_layers(config)]
+        for layer in layers:
+            layer.router._maintain_float32_expert_bias()
+    times: list[list[tuple[float, float]]] = [[], []]
+    for repeat in range(WARM_UP + options.repeats):
+        for layer, found in zip(layers, times, strict=True):
+            found.append(step_ms(layer, options.tokens))
+            if repeat < WARM_UP:
+                found.clear()
+    report(options.preset, times, floor_ms(config, options.tokens, options.repeats))
 
 
-def report(times: list[list[tuple[float, float]]], floor: float) -> None:
+def report(preset: str, times: list[list[tuple[float, float]]], floor: float) -> None:
     """Print medians, ratios and one line of JSON."""
     (ours_forward, ours_backward), (stock_forward, stock_backward) = (
         [statistics.median(column) for column in zip(*found, strict=True)] for found in times
     )
     ours, stock = ours_forward + ours_backward, stock_forward + stock_backward
     figures = [
-        ("forward", ours_forward, stock_forward),
-        ("backward", ours_backward, stock_backward),
-        ("both", ours, stock),
-        ("both, against bare products", ours, floor),
+        ("forward", ours_forward, "megatron local", stock_forward),
+        ("backward", ours_backward, "megatron local", stock_backward),
+        ("both", ours, "megatron local", stock),
+        ("both", ours, "bare products", floor),
     ]
-    rows = [(name, f"{a:.1f}", f"{b:.1f}", f"{b / a:.2f}") for name, a, b in figures]
-    title = f"MoE layer, median ms, bf16, {THREADS} threads"
-    print_table(title, ("figure", "K2", "peer", "ratio"), rows)
+    rows = [
+        (name, f"{mine:.1f} ms", f"{peer} {theirs:.1f} ms", f"{theirs / mine:.2f}", "none")
+        for name, mine, peer, theirs in figures
+    ]
+    title = f"MoE layer of {preset}, median, bf16, {THREADS} threads"
+    print_table(title, ("figure", "k2", "peer", "ratio", "bar"), rows)
     print_json(ours_ms=ours, megatron_local_ms=stock, floor_ms=floor, threads=THREADS)
 
 

@@ -8,6 +8,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+COMMAND = shlex.join([".venv/bin/python", *sys.argv])
+"""As typed: taken at import, because a bench may set ``sys.argv`` for Megatron's parser."""
+
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print a table with aligned columns."""
@@ -20,5 +23,5 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[objec
 
 def print_json(**figures: Any) -> None:
     """Print the figures and the command line as the last line."""
-    figures["command"] = shlex.join([".venv/bin/python", *sys.argv])
+    figures["command"] = COMMAND
     print(json.dumps(figures), flush=True)

@@ -38,8 +38,8 @@ def plan_after_a_probe(output: Path, text: Path) -> None:
     from megatron_k2.training.job import Job, Settings
 
     job = Job(output, Settings(preset="k2-micro", seq_length=128))
-    from_text.corpus_stage(job, text)
-    from_text.tokens_stage(job, 512)
+    corpus = from_text.corpus_stage(job, text)
+    from_text.tokens_stage(job, corpus, 512)
     plan = {
         "seconds_per_iteration": 5.0,  # a progress line each step
         "evaluation_s": 1.0,
