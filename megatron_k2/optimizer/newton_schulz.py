@@ -1,0 +1,167 @@
+"""Orthogonalising matrices by Newton-Schulz polynomials: one batch of equal shape at a time.
+
+``X -> a X + b (X X^T) X + c (X X^T)^2 X``, a few times, brings all singular values near 1 (Jordan
+et al. 2024; Bernstein and Newhouse, arXiv 2409.20325). Three evaluations of the same polynomial:
+``standard`` as written, on the short side; ``symmetric``, which computes each symmetric product's
+upper half only, in blocks; ``gram``, which iterates on the Gram matrix ``X X^T`` and touches the
+long side twice in all (cheaper from about two columns a row on, where ``gram_error`` allows it).
+``cheapest_method`` chooses by counted FLOPs.
+No process groups, no Megatron; every matrix whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from megatron_k2.optimizer.coefficients import Coefficients
+
+Method = Literal["standard", "symmetric", "gram"]
+
+SYMMETRIC_BLOCK = 512
+"""Rows of a block of a symmetric product: GEMMs of this size run near the peak of two cores."""
+
+LARGEST_GRAM_ERROR = 0.1
+"""Of ``gram_error``. Against fp64 at condition numbers 1 to 1e6, fp32: the Kimi set has 0.03 and
+errs by 2e-4 of the norm, Polar Express has 5 and errs by 2e-2, DeepSeek-V4 has 750 and diverges."""
+
+
+def unit_norm(matrices: Tensor) -> Tensor:
+    """Scale matrices [..., rows, columns] to Frobenius norm 1, in fp32 or wider; zero stays zero.
+
+    Free of scale: the largest entry is divided out first, so that squares of entries of 1e-30 do
+    not vanish and those of 1e30 do not overflow.
+    """
+    wide = matrices.to(torch.promote_types(matrices.dtype, torch.float32))
+    largest = wide.abs().amax(dim=(-2, -1), keepdim=True)
+    scaled = wide / torch.where(largest > 0, largest, 1.0)
+    norm = torch.linalg.vector_norm(scaled, dim=(-2, -1), keepdim=True)
+    return scaled.div_(torch.where(norm > 0, norm, 1.0))
+
+
+def newton_schulz(
+    matrices: Tensor,
+    coefficients: Sequence[Coefficients],
+    compute_dtype: torch.dtype = torch.bfloat16,
+    method: Method | None = None,
+) -> Tensor:
+    """Return the nearly orthogonal factor of each matrix.
+
+    Args:
+        matrices: [batch, rows, columns], any floating dtype, each whole.
+        coefficients: one polynomial a step (``coefficient_schedule``).
+        compute_dtype: of the products; norms are taken in fp32 before.
+        method: None for the one with the fewest FLOPs that is accurate in ``compute_dtype``.
+
+    Returns:
+        [batch, rows, columns] in ``compute_dtype``; zero for a zero matrix.
+
+    Raises:
+        ValueError: not a batch of matrices, an unknown method, or ``gram`` where its rounding
+            errors would grow too large.
+    """
+    if matrices.ndim != 3:
+        raise ValueError(f"newton_schulz takes [batch, rows, columns], got {tuple(matrices.shape)}")
+    rows, columns = matrices.shape[1:]
+    if method is None:
+        method = cheapest_method(rows, columns, coefficients, compute_dtype)
+    if method not in get_args(Method):
+        raise ValueError(f"Newton-Schulz method {method!r} is not one of {get_args(Method)}")
+    if method == "gram" and gram_error(coefficients, compute_dtype) > LARGEST_GRAM_ERROR:
+        raise ValueError(
+            f"Newton-Schulz method 'gram' loses too many digits in {compute_dtype} with these "
+            "coefficients; use standard or symmetric"
+        )
+    x = unit_norm(matrices).to(compute_dtype)
+    if rows > columns:
+        return _EVALUATIONS[method](x.transpose(1, 2), coefficients).transpose(1, 2)
+    return _EVALUATIONS[method](x, coefficients)
+
+
+def _standard(x: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
+    for a, b, c in coefficients:
+        gram = torch.bmm(x, x.transpose(1, 2))
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, factor, x, beta=a)
+    return x
+
+
+def _symmetric(x: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
+    for a, b, c in coefficients:
+        gram = symmetric_product(x, x)
+        factor = symmetric_product(gram, gram).mul_(c).add_(gram, alpha=b)
+        x = torch.baddbmm(x, factor, x, beta=a)
+    return x
+
+
+def symmetric_product(left: Tensor, right: Tensor) -> Tensor:
+    """Return ``left @ right^T`` [batch, n, n], known to be symmetric, from its upper blocks.
+
+    Args:
+        left: [batch, n, inner].
+        right: the same shape; ``left @ right^T`` must equal its transpose.
+    """
+    n = left.shape[1]
+    product = left.new_empty(left.shape[0], n, n)
+    for start in range(0, n, SYMMETRIC_BLOCK):
+        rows = slice(start, start + SYMMETRIC_BLOCK)
+        upper = torch.bmm(left[:, rows], right[:, start:].transpose(1, 2))
+        product[:, rows, start:] = upper
+        product[:, start + SYMMETRIC_BLOCK :, rows] = upper[..., SYMMETRIC_BLOCK:].transpose(1, 2)
+    return product
+
+
+def _gram(x: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
+    # x_k = factor x_0 and gram = x_k x_k^T; all of them are polynomials in x_0 x_0^T and commute.
+    gram = torch.bmm(x, x.transpose(1, 2))
+    factor = None
+    for step, (a, b, c) in enumerate(coefficients):
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal(dim1=1, dim2=2).add_(a)
+        factor = polynomial if factor is None else torch.bmm(polynomial, factor)
+        if step + 1 < len(coefficients):
+            gram = torch.bmm(polynomial, torch.bmm(gram, polynomial))
+    return x if factor is None else torch.bmm(factor, x)
+
+
+_EVALUATIONS = {"standard": _standard, "symmetric": _symmetric, "gram": _gram}
+
+
+def method_flops(method: Method, rows: int, columns: int, num_steps: int) -> int:
+    """Return the floating-point operations of one matrix's products (an addition counts one)."""
+    short, long = sorted((rows, columns))
+    cube, slab = 2 * short**3, 2 * short**2 * long
+    if method == "standard":
+        return num_steps * (2 * slab + cube)
+    if method == "symmetric":
+        full, rest = divmod(short, SYMMETRIC_BLOCK)
+        heights = [SYMMETRIC_BLOCK] * full + [rest] * (rest > 0)
+        entries = sum(height * (short - i * SYMMETRIC_BLOCK) for i, height in enumerate(heights))
+        return num_steps * (2 * entries * (long + short) + slab)
+    # One Gram matrix, its square each step, two products for the next one, one for the factor.
+    return 2 * slab + cube * (num_steps + 2 * (num_steps - 1) + (num_steps - 1))
+
+
+def gram_error(coefficients: Sequence[Coefficients], compute_dtype: torch.dtype) -> float:
+    """Return by how much a rounding error of the Gram matrix grows: the slopes' product, squared.
+
+    An eigenvalue near zero grows by a^2 a step, and the rounding error of the largest with it.
+    """
+    slope = math.prod(a for a, _, _ in coefficients)
+    return slope**2 * torch.finfo(compute_dtype).eps
+
+
+def cheapest_method(
+    rows: int, columns: int, coefficients: Sequence[Coefficients], compute_dtype: torch.dtype
+) -> Method:
+    """Return the method with the fewest FLOPs among those accurate in ``compute_dtype``."""
+    allowed: list[Method] = ["standard"]
+    if min(rows, columns) > SYMMETRIC_BLOCK:
+        allowed.append("symmetric")
+    if gram_error(coefficients, compute_dtype) <= LARGEST_GRAM_ERROR:
+        allowed.append("gram")
+    return min(allowed, key=lambda method: method_flops(method, rows, columns, len(coefficients)))
