@@ -1,1 +1,1 @@
-"""MuonClip, the optimizer of Kimi K2. So far: the pure parts, which import no Megatron."""
+"""MuonClip, the optimizer of Kimi K2: so far its rule in one process, without Megatron."""

@@ -76,10 +76,12 @@ def newton_schulz(
             f"Newton-Schulz method 'gram' loses too many digits in {compute_dtype} with these "
             "coefficients; use standard or symmetric"
         )
-    x = unit_norm(matrices).to(compute_dtype)
-    if rows > columns:
-        return _EVALUATIONS[method](x.transpose(1, 2), coefficients).transpose(1, 2)
-    return _EVALUATIONS[method](x, coefficients)
+    standing = rows > columns
+    lying = matrices.transpose(1, 2) if standing else matrices
+    # Contiguous, so that no sum's order, and no bit, depends on how the caller holds them.
+    x = unit_norm(lying.contiguous()).to(compute_dtype)
+    x = _EVALUATIONS[method](x, coefficients)
+    return x.transpose(1, 2) if standing else x
 
 
 def _standard(x: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
