@@ -5,8 +5,15 @@ explicitly. From a checkout that is not installed the folder ``patches/`` beside
 ``megatron_k2.patches``, as it is in the wheel.
 """
 
+import sys
 from pathlib import Path
 from typing import Any
+
+if sys.version_info < (3, 12):  # noqa: UP036  before an import that an older one lacks
+    raise ImportError(
+        f"megatron_k2 needs Python 3.12 or newer, this is {sys.version.split()[0]} "
+        f"({sys.executable}); `make setup` finds one and installs everything into .venv"
+    )
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "register"]

@@ -9,9 +9,10 @@ they fill, so that ``core_transformer_config_from_args`` copies them.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_k2 import compat, device
 from megatron_k2.inputs import UsageError, check_data_files
@@ -66,6 +67,7 @@ def add_k2_args(
     _add_run_args(group)
     _add_model_args(group)
     _add_yarn_args(group)
+    parser.error = _refuse_arguments  # type: ignore[method-assign]
     explicit = _explicit_destinations(parser, argv)
     # Upstream divides by the evaluation interval and gives it no default; 1000 is its old one.
     parser.set_defaults(eval_interval=1000)
@@ -82,6 +84,13 @@ def add_k2_args(
         parser.set_defaults(bf16=_is_bf16(precision, where))
     parser.set_defaults(k2_explicit=tuple(sorted(explicit)))
     return parser
+
+
+def _refuse_arguments(message: str) -> NoReturn:
+    """End with argparse's message in one line, without the usage of 900 flags."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"megatron_k2: error: {message}; --help lists all flags", file=sys.stderr, flush=True)
+    raise SystemExit(2)
 
 
 def _add_run_args(group: Any) -> None:

@@ -8,14 +8,16 @@ value, what is allowed and the flag.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import numpy
 
 _DATA_FLAGS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
-_SAMPLED_BYTES = 4 << 20
-"""Read from each end of a .bin file: enough to meet a foreign tokenizer's ids, fast at any size."""
+_SAMPLED_PARTS, _PART_BYTES = 64, 1 << 17
+"""Read from a .bin file: 8 MiB in evenly spaced parts, all of a smaller one. Enough to meet the ids
+of a foreign tokenizer, fast at any size."""
 
 
 class UsageError(ValueError):
@@ -59,6 +61,41 @@ def require_data(args: Any) -> None:
         raise UsageError("no data: give --data-path PREFIX of a .bin/.idx pair, or --mock-data")
 
 
+def check_splits(args: Any) -> None:
+    """Check that every part of ``--split`` gets a document of every ``--data-path``.
+
+    Upstream repeats a part until it fills the samples asked for, without end if it is empty
+    (``core/datasets/gpt_dataset.py`` ``_get_num_epochs``).
+
+    Raises:
+        UsageError: a part with a share above 0 is empty.
+    """
+    if not args.data_path or not args.split:
+        return
+    shares = [float(share) for share in re.findall(r"[.0-9]+", args.split)]
+    names = ("training", "validation", "test")
+    for flag, prefix in data_prefixes(args):
+        if flag != "--data-path":
+            continue
+        documents, upto = _num_sequences(prefix), 0.0
+        for name, share in zip(names, shares, strict=False):
+            first = round(upto / sum(shares) * documents)
+            upto += share
+            if share > 0 and round(upto / sum(shares) * documents) <= first:
+                raise UsageError(
+                    f"--split {args.split} leaves none of the {documents} documents of {flag} "
+                    f"{prefix} for {name}; give it a larger share, or 0 "
+                    "(--split 100,0,0 with --eval-iters 0 trains on all of them)"
+                )
+
+
+def _num_sequences(prefix: str) -> int:
+    """Return the number of sequences that an index file states."""
+    with open(prefix + ".idx", "rb") as index:
+        index.seek(9 + 8 + 1)  # magic, version, type: indexed_dataset.py, _INDEX_HEADER
+        return int.from_bytes(index.read(8), "little")
+
+
 def check_vocabulary(args: Any, tokenizer: Any) -> None:
     """Check that tokenizer, preset and data speak of the same vocabulary.
 
@@ -68,7 +105,7 @@ def check_vocabulary(args: Any, tokenizer: Any) -> None:
 
     Raises:
         UsageError: the preset's vocabulary differs from the tokenizer's, an explicit
-            ``--vocab-size`` is too small for it, or the data holds ids outside it.
+            ``--vocab-size`` is too small for it, or a sample of the data holds ids outside it.
     """
     size = int(tokenizer.vocab_size)
     explicit = "vocab_size" in getattr(args, "k2_explicit", ())
@@ -92,7 +129,7 @@ def check_vocabulary(args: Any, tokenizer: Any) -> None:
 
 
 def _largest_sampled_id(prefix: str) -> int:
-    """Return the largest token id in the first and last megabytes of a dataset."""
+    """Return the largest token id in a sample of a dataset, see ``_SAMPLED_PARTS``."""
     from megatron.core.datasets.indexed_dataset import DType
 
     try:
@@ -102,8 +139,12 @@ def _largest_sampled_id(prefix: str) -> int:
         tokens = numpy.memmap(prefix + ".bin", dtype=dtype, mode="r")
     except (IndexError, KeyError, ValueError) as error:
         raise UsageError(f"{prefix}.idx and .bin are damaged ({error}); tokenise again") from error
-    count = _SAMPLED_BYTES // tokens.itemsize
-    return int(max(tokens[:count].max(), tokens[-count:].max()))
+    size = _PART_BYTES // tokens.itemsize
+    last = max(0, tokens.size - size)
+    starts = sorted({round(part * last / (_SAMPLED_PARTS - 1)) for part in range(_SAMPLED_PARTS)})
+    if tokens.size <= size * _SAMPLED_PARTS:
+        return int(tokens.max())
+    return max(int(tokens[start : start + size].max()) for start in starts)
 
 
 def _is_weight(item: str) -> bool:

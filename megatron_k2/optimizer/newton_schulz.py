@@ -67,6 +67,8 @@ def newton_schulz(
     if matrices.ndim != 3:
         raise ValueError(f"newton_schulz takes [batch, rows, columns], got {tuple(matrices.shape)}")
     rows, columns = matrices.shape[1:]
+    if matrices.numel() == 0:
+        return matrices.to(compute_dtype)
     if method is None:
         method = cheapest_method(rows, columns, coefficients, compute_dtype)
     if method not in get_args(Method):

@@ -23,6 +23,7 @@ def run_as_command(main: Callable[[], Any]) -> int:
     from megatron_k2.checkpoint.save_outcome import exit_code_of_last_save
     from megatron_k2.inputs import UsageError
     from megatron_k2.registration import PatchError
+    from megatron_k2.upstream_errors import explain
 
     try:
         megatron_k2.register()
@@ -34,9 +35,12 @@ def run_as_command(main: Callable[[], Any]) -> int:
     except (UsageError, CheckpointRefused) as error:
         _kill_data_workers()
         return _refuse(error)
-    except BaseException:
+    except BaseException as error:
         _kill_data_workers()
-        raise
+        message = explain(error)
+        if message is None:
+            raise
+        return _refuse(UsageError(message))
     return 0
 
 

@@ -14,6 +14,7 @@ import contextlib
 import json
 import logging
 import os
+import subprocess
 import sys
 import time
 import warnings
@@ -77,8 +78,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt", help="text to continue at the end; default: held-out text")
     args, extra = parser.parse_known_args(argv)
     args.extra = extra
-    if args.minutes is not None and not args.minutes > 0:
-        raise ValueError(f"--minutes {args.minutes:g} must be above 0")
+    if args.minutes is not None and not 0 < args.minutes < float("inf"):
+        raise ValueError(f"--minutes {args.minutes:g} must be a number above 0")
     taken = [flag for flag in extra if flag.partition("=")[0] in OWN_FLAGS]
     if taken:
         raise ValueError(f"{taken[0]} is set by this job; use megatron_k2.training.pretrain for it")
@@ -228,8 +229,34 @@ def train_stage(job: Job, plan: dict[str, Any], lock: int) -> None:
         raise RuntimeError(f"training left before its last step; see {job.output / 'train.log'}")
 
 
+PARSE = """
+import argparse, megatron_k2
+megatron_k2.register()
+from megatron.training.arguments import add_megatron_arguments
+add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)).parse_args()
+"""
+
+
+def check_extra(extra: list[str]) -> None:
+    """Let Megatron's parser look at the flags meant for it, before anything else is done.
+
+    In a process of its own, because registering K2 changes the one it happens in.
+
+    Raises:
+        ValueError: a flag or a value that Megatron does not know.
+    """
+    command = [sys.executable, "-W", "ignore", "-c", PARSE, *extra]
+    parsed = subprocess.run(command, capture_output=True, text=True, check=False)
+    if parsed.returncode:
+        raise ValueError(
+            parsed.stderr.strip().splitlines()[-1].removeprefix("megatron_k2: error: ")
+        )
+
+
 def run(args: argparse.Namespace) -> None:
     """Run every stage that is not done, and print the summary."""
+    if args.extra:
+        check_extra(args.extra)
     preset = load_preset(args.k2_preset)
     vocab_size, seq_length = preset.value("vocab_size"), preset.value("seq_length")
     if not isinstance(vocab_size, int) or not isinstance(seq_length, int):
@@ -263,7 +290,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; run the same command again to resume", file=sys.stderr)

@@ -2,7 +2,9 @@
 
 Megatron's own training loop (``megatron.training.pretrain``) with Megatron's arguments and K2's;
 what the wheel lacks is the script around it: batches, loss and datasets of a GPT. Same arguments
-and same numbers as the stock ``pretrain_gpt.py`` under ``torchrun -m megatron_k2``.
+and same numbers as the stock ``pretrain_gpt.py`` under ``torchrun -m megatron_k2``, but for
+``--tokenizer-type``, here SentencePieceTokenizer where none is given; flags of other objectives
+(``refuse_unsupported``) are refused.
 
 example (two processes on a laptop, random tokens):
   torchrun --nproc-per-node 2 -m megatron_k2.training.pretrain --k2-preset k2-micro --mock-data \\
@@ -22,7 +24,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from megatron_k2.inputs import UsageError, require_data
+from megatron_k2.inputs import UsageError, check_splits, require_data
 from megatron_k2.training.batch import get_batch, needs_data
 from megatron_k2.training.command_line import run_as_command
 
@@ -118,7 +120,7 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
         vp_stage: virtual pipeline stage, None without interleaving.
 
     Raises:
-        UsageError: the data holds no document, or a token outside the vocabulary.
+        UsageError: ``--split`` leaves a set that is evaluated without any document.
     """
     from megatron.core.datasets.blended_megatron_dataset_builder import (
         BlendedMegatronDatasetBuilder,
@@ -129,6 +131,7 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
     from megatron_k2 import parallel
 
     args = get_args()
+    check_splits(args)
     tp_rank = parallel.get_pg_collection().tp.rank()
     return BlendedMegatronDatasetBuilder(
         MockGPTDataset if args.mock_data else GPTDataset,
@@ -239,6 +242,8 @@ def main() -> None:
     args = parse_and_validate_args(args_defaults={"tokenizer_type": "SentencePieceTokenizer"})
     refuse_unsupported(args)
     require_data(args)
+    if args.train_iters is None and args.train_samples is None:
+        raise UsageError("no length of the run: give --train-iters or --train-samples")
     model_config = gpt_config_from_args(args)
     pretrain(
         pretrain_cfg_container_from_args(args, model_config),

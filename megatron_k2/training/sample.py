@@ -96,6 +96,8 @@ def check_sample_args(args: Any) -> None:
     Raises:
         UsageError: one is out of its range.
     """
+    if args.load is None:
+        raise UsageError("no checkpoint: give --load DIR, the --save folder of a run")
     if not 0 < args.k2_top_p <= 1:
         raise UsageError(f"--k2-top-p {args.k2_top_p:g} must be above 0 and at most 1")
     if args.k2_temperature < 0:

@@ -19,13 +19,12 @@ def _replacement(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         tp_group: torch.distributed.ProcessGroup | None = None,
     ) -> Tensor:
         """Return each token's loss, see ``tiled_vocab_parallel_cross_entropy``."""
-        from megatron.core.parallel_state import get_tensor_model_parallel_group
-
+        from megatron_k2 import parallel
         from megatron_k2.model.cross_entropy import tiled_vocab_parallel_cross_entropy
 
         if label_smoothing or vocab_parallel_logits.is_cuda:
             return original(vocab_parallel_logits, target, label_smoothing, tp_group)
-        group = tp_group or get_tensor_model_parallel_group()
+        group = tp_group or parallel.get_pg_collection().tp
         return tiled_vocab_parallel_cross_entropy(vocab_parallel_logits, target, group)
 
     return vocab_parallel_cross_entropy

@@ -30,9 +30,17 @@ def _with_k2_validation(original: Callable[..., Any]) -> Any:
     def validate_args(args: argparse.Namespace, defaults: dict[str, Any] | None = None) -> Any:
         """Check K2's rules, then Megatron's, then derive what K2 derives."""
         from megatron_k2 import arguments
+        from megatron_k2.inputs import UsageError
+        from megatron_k2.upstream_errors import REFUSALS, explain
 
         arguments.validate_k2_args(args)
-        validated = original(args, defaults or {})
+        try:
+            validated = original(args, defaults or {})
+        except REFUSALS as error:
+            message = explain(error)
+            if message is None:
+                raise
+            raise UsageError(message) from error
         arguments.finish_k2_args(args)
         return validated
 
@@ -50,9 +58,17 @@ def _with_k2_vocabulary(original: Callable[..., None]) -> Any:
         """Build the tokenizer, then check the vocabulary."""
         from megatron.training.global_vars import get_tokenizer
 
-        from megatron_k2.inputs import check_vocabulary
+        from megatron_k2.inputs import UsageError, check_vocabulary
+        from megatron_k2.upstream_errors import REFUSALS, explain
 
-        original(args)
+        try:
+            original(args)
+        except REFUSALS as error:
+            message = explain(error)
+            if message is None:
+                raise
+            given = f"--tokenizer-type {args.tokenizer_type} --tokenizer-model"
+            raise UsageError(f"{given} {args.tokenizer_model}: {message}") from error
         check_vocabulary(args, get_tokenizer())
 
     return _build_tokenizer

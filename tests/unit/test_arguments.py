@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import megatron_k2
 
@@ -119,7 +120,6 @@ def test_absent_gpu_is_named() -> None:
 
 
 def _dataset(folder: Path, tokens: list[int]) -> str:
-    import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     prefix = str(folder / "corpus")
@@ -154,6 +154,89 @@ def test_vocabulary_that_does_not_match_is_refused(
     args = argparse.Namespace(**(fields | changes))
     with pytest.raises(UsageError, match=message):
         check_vocabulary(args, argparse.Namespace(vocab_size=size))
+
+
+def test_an_id_outside_the_vocabulary_is_met_in_the_middle_of_a_large_file(tmp_path: Path) -> None:
+    from megatron_k2.inputs import check_vocabulary
+
+    tokens = [1] * 4_000_000  # 16 MB; 8 MiB of it are read
+    tokens[1_900_000:2_100_000] = [4099] * 200_000
+    args = argparse.Namespace(
+        k2_preset=None, vocab_size=4096, padded_vocab_size=4096, k2_explicit=(),
+        tokenizer_type="NullTokenizer", data_path=[_dataset(tmp_path, tokens)],
+    )  # fmt: skip
+    with pytest.raises(UsageError, match="holds token 4099, outside the vocabulary"):
+        check_vocabulary(args, argparse.Namespace(vocab_size=4096))
+
+
+@pytest.mark.parametrize(
+    ("split", "part"),
+    [("969,30,1", "validation"), ("50,0,50", None), ("100,0,0", None), ("1,0,99", "training")],
+)
+def test_a_split_that_leaves_a_part_without_documents_is_refused(
+    tmp_path: Path, split: str, part: str | None
+) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    from megatron_k2.inputs import check_splits
+
+    prefix = str(tmp_path / "few")
+    builder = IndexedDatasetBuilder(prefix + ".bin")
+    for _ in range(10):
+        builder.add_document(torch.tensor([1, 2, 3]), [3])
+    builder.finalize(prefix + ".idx")
+    args = argparse.Namespace(data_path=["0.5", prefix], split=split)
+    if part is None:
+        check_splits(args)
+        return
+    with pytest.raises(
+        UsageError, match=rf"--split {split} leaves none of the 10 documents .* for {part};"
+    ):
+        check_splits(args)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["--num-attention-heads", "3"],
+            r"`args.hidden_size % args.num_attention_heads == 0` does not hold; found "
+            r"--hidden-size 256, --num-attention-heads 3",
+        ),
+        (["--seq-length", "999999"], "found --max-position-embeddings 4096, --seq-length 999999"),
+        (["--global-batch-size", "0"], "found --global-batch-size 0"),
+        (["--group-query-attention"], "found --group-query-attention True"),
+    ],
+)
+def test_what_megatron_asserts_is_refused_with_the_flags_and_their_values(
+    monkeypatch: pytest.MonkeyPatch, argv: list[str], message: str
+) -> None:
+    from megatron.training import arguments
+
+    common = ("--k2-preset", "k2-nano", "--lr", "1e-3", "--train-iters", "1")
+    args = parse(monkeypatch, *common, *argv)
+    with pytest.raises(UsageError, match=message):
+        arguments.validate_args(args)
+
+
+def test_an_unknown_flag_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        parse(monkeypatch, "--k2-preset", "k2-nano", "--bogus", "1")
+    assert left.value.code == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "megatron_k2: error: unrecognized arguments: --bogus 1; --help lists all flags"
+    ]
+
+
+def test_an_older_python_is_the_error_whatever_it_lacks(tmp_path: Path) -> None:
+    script = (
+        "import sys; sys.version_info = (3, 11, 7); sys.modules['torch'] = None\n"
+        "import megatron_k2.training.pretrain\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "ImportError: megatron_k2 needs Python 3.12 or newer, this is" in done.stderr
 
 
 def test_empty_dataset_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_steps_fill_the_minutes_after_the_evaluations():
     ("arguments", "message"),
     [
         (["--input", "none.jsonl"], "--input none.jsonl: no such file"),
-        (["--minutes", "0"], "--minutes 0 must be above 0"),
+        (["--minutes", "0"], "--minutes 0 must be a number above 0"),
         (["--train-iters", "0"], "--train-iters 0 must be at least 1"),
         (["--k2-preset", "k9"], "--k2-preset 'k9' is unknown"),
     ],

@@ -72,7 +72,7 @@ def test_the_same_seed_gives_the_same_tokens():
     ("flag", "value"), [("top_p", 0.0), ("top_p", 1.5), ("temperature", -1.0), ("sample_tokens", 0)]
 )
 def test_flags_out_of_range_are_refused_by_name(flag, value):
-    args = SimpleNamespace(k2_top_p=0.9, k2_temperature=0.0, k2_sample_tokens=1)
+    args = SimpleNamespace(load="run", k2_top_p=0.9, k2_temperature=0.0, k2_sample_tokens=1)
     check_sample_args(args)
     setattr(args, f"k2_{flag}", value)
     with pytest.raises(UsageError, match=f"--k2-{flag.replace('_', '-')} {value:g} must be"):

@@ -1,0 +1,70 @@
+"""One line about a user's mistake that upstream notices, from the exception it raises.
+
+Megatron checks its arguments with bare asserts. The statement that failed names the arguments, and
+the frame it failed in holds them, so the line can name each flag with its value. Only looks at
+tracebacks: nothing of Megatron is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import linecache
+import re
+import traceback
+from types import TracebackType
+
+_CHECKS = (
+    "megatron/training/arguments.py",
+    "megatron/training/argument_utils.py",
+    "megatron/core/transformer/transformer_config.py",
+    "megatron/core/model_parallel_config.py",
+    "megatron/core/tokenizers/",
+)
+"""Where upstream looks at what the user gave, before anything is built."""
+
+REFUSALS = (AssertionError, ValueError, TypeError, FileNotFoundError)
+
+
+def explain(error: BaseException) -> str | None:
+    """Return what the user gave wrong, or None for an error that is not about the input.
+
+    Args:
+        error: as caught, with its traceback.
+    """
+    if not isinstance(error, REFUSALS):
+        return None
+    frames = list(_frames(error.__traceback__))
+    deepest = frames[-1][0].filename if frames else ""
+    if isinstance(error, ValueError) and "/megatron_k2/" in deepest:
+        return str(error)  # ours are about a user's input and name the flag themselves
+    checks = [one for one in frames if any(check in one[0].filename for check in _CHECKS)]
+    if not checks:
+        return None
+    summary, place = checks[-1]
+    last, end = summary.lineno or 0, summary.end_lineno or summary.lineno or 0
+    statement = " ".join(
+        linecache.getline(summary.filename, line).strip() for line in range(last, end + 1)
+    )
+    message = " ".join(str(error).split()) or f"`{statement.removeprefix('assert ')}` does not hold"
+    where = f"{summary.filename.rpartition('megatron/')[2]}:{summary.lineno}"
+    args = place.tb_frame.f_locals.get("args")
+    found = ""
+    if isinstance(args, argparse.Namespace):
+        names = dict.fromkeys(re.findall(r"\bargs\.(\w+)", statement))
+        found = ", ".join(
+            f"--{name.replace('_', '-')} {getattr(args, name)}"
+            for name in names
+            if hasattr(args, name)
+        )
+    return f"{message}{f'; found {found}' if found else ''} (Megatron, {where})"
+
+
+def _frames(
+    trace: TracebackType | None,
+) -> list[tuple[traceback.FrameSummary, TracebackType]]:
+    places = []
+    at = trace
+    while at is not None:
+        places.append(at)
+        at = at.tb_next
+    return list(zip(traceback.extract_tb(trace), places, strict=True))
