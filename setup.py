@@ -50,6 +50,7 @@ setup(
     extras_require=EXTRAS_REQUIRE,
     entry_points={
         "console_scripts": [
+            "megatron-k2-sample = megatron_k2.training.sample:cli",
             "megatron-k2-pretrain-text = megatron_k2.training.from_text:main",
             "megatron-k2-pretrain = megatron_k2.training.pretrain:cli",
         ]

@@ -169,5 +169,10 @@ def main() -> None:
     print(OUTPUT_MARK + json.dumps(record), flush=True)
 
 
+def cli() -> int:
+    """Register K2 and run ``main``: the entry point of ``megatron-k2-sample``."""
+    return run_as_command(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run_as_command(main))
+    sys.exit(cli())
