@@ -207,6 +207,17 @@ def join_matrices_(stored: Tensor, cut: Cut | None, matrices: Sequence[Tensor]) 
     return stored
 
 
+def add_matrices_(
+    stored: Tensor, cut: Cut | None, matrices: Sequence[Tensor], alpha: float
+) -> Tensor:
+    """Add ``alpha`` times batches of matrices to where ``cut_matrices`` took them from."""
+    stack = stored if stored.ndim == 3 else stored.unsqueeze(0)
+    parts = (stack,) if cut is None else _parts(stack, cut)
+    for part, matrix in zip(parts, matrices, strict=True):
+        part.add_(matrix.reshape(part.shape), alpha=alpha)
+    return stored
+
+
 def assignment_table(assignments: Iterable[Assignment]) -> str:
     """Return a table for people: parameters of the same kind counted together."""
     kinds: dict[tuple[str, str, str], list[Assignment]] = {}

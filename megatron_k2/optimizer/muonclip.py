@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_k2.optimizer.directions import Orthogonaliser
-from megatron_k2.optimizer.matrices import Rule, assign, cut_matrices, join_matrices_
+from megatron_k2.optimizer.matrices import Rule, add_matrices_, assign, cut_matrices
 
 MOMENTUM = 0.95  # Muon, Moonlight
 BETAS, EPS = (0.9, 0.95), 1e-8  # Moonlight's AdamW
@@ -95,26 +95,25 @@ class MuonClip(torch.optim.Optimizer):
         return loss
 
     def _muon_step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        looked_ahead: list[Tensor] = []
-        places: list[tuple[Tensor, slice]] = []
+        if not parameters:
+            return
         for parameter in parameters:
-            assert parameter.grad is not None
-            state = self.state[parameter]
-            if not state:
-                state["momentum"] = torch.zeros_like(parameter, dtype=torch.float32)
-            momentum, grad = state["momentum"], parameter.grad.float()
-            momentum.mul_(group["momentum"]).add_(grad)
-            ahead = grad.add(momentum, alpha=group["momentum"]) if group["nesterov"] else momentum
-            matrices = cut_matrices(ahead, self.assignments[parameter].rule.cut)
-            places.append((parameter, slice(len(looked_ahead), len(looked_ahead) + len(matrices))))
-            looked_ahead += matrices
-        directions = self.orthogonaliser.directions(looked_ahead)
-        for parameter, kinds in places:
-            cut = self.assignments[parameter].rule.cut
-            update = torch.empty_like(parameter, dtype=torch.float32)
-            join_matrices_(update, cut, directions[kinds])
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.add_(update.to(parameter.dtype), alpha=-group["lr"])
+            if not self.state[parameter]:
+                zeros = torch.zeros_like(parameter, dtype=torch.float32)
+                self.state[parameter]["momentum"] = zeros
+        grads = [p.grad.float() for p in parameters if p.grad is not None]
+        momenta = [self.state[parameter]["momentum"] for parameter in parameters]
+        torch._foreach_mul_(momenta, group["momentum"])
+        torch._foreach_add_(momenta, grads)
+        ahead = momenta
+        if group["nesterov"]:
+            ahead = list(torch._foreach_add(grads, momenta, alpha=group["momentum"]))
+        cuts = [self.assignments[parameter].rule.cut for parameter in parameters]
+        cut = [cut_matrices(one, rule) for one, rule in zip(ahead, cuts, strict=True)]
+        directions = iter(self.orthogonaliser.directions([m for some in cut for m in some]))
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        for parameter, rule, some in zip(parameters, cuts, cut, strict=True):
+            add_matrices_(parameter, rule, [next(directions) for _ in some], -group["lr"])
 
     def _adamw_step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]

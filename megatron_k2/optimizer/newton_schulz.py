@@ -30,17 +30,16 @@ LARGEST_GRAM_ERROR = 0.1
 errs by 2e-4 of the norm, Polar Express has 5 and errs by 2e-2, DeepSeek-V4 has 750 and diverges."""
 
 
-def unit_norm(matrices: Tensor) -> Tensor:
-    """Scale matrices [..., rows, columns] to Frobenius norm 1, in fp32 or wider; zero stays zero.
+def unit_norm(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scale matrices [..., rows, columns] to Frobenius norm 1 and round to ``dtype``.
 
-    Free of scale: the largest entry is divided out first, so that squares of entries of 1e-30 do
-    not vanish and those of 1e30 do not overflow.
+    Free of scale: the norm is summed in fp64, where squares of entries of 1e-30 do not vanish and
+    those of 1e30 do not overflow. A zero matrix stays zero.
     """
-    wide = matrices.to(torch.promote_types(matrices.dtype, torch.float32))
-    largest = wide.abs().amax(dim=(-2, -1), keepdim=True)
-    scaled = wide / torch.where(largest > 0, largest, 1.0)
-    norm = torch.linalg.vector_norm(scaled, dim=(-2, -1), keepdim=True)
-    return scaled.div_(torch.where(norm > 0, norm, 1.0))
+    wide = torch.promote_types(matrices.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+    inverse = torch.where(norm > 0, norm, 1.0).reciprocal_().to(wide)
+    return (matrices * inverse).to(dtype)
 
 
 def newton_schulz(
@@ -81,7 +80,7 @@ def newton_schulz(
     standing = rows > columns
     lying = matrices.transpose(1, 2) if standing else matrices
     # Contiguous, so that no sum's order, and no bit, depends on how the caller holds them.
-    x = unit_norm(lying.contiguous()).to(compute_dtype)
+    x = unit_norm(lying.contiguous(), compute_dtype)
     x = _EVALUATIONS[method](x, coefficients)
     return x.transpose(1, 2) if standing else x
 
