@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core import parallel_state
@@ -42,6 +42,8 @@ class GroupRecipe:
     own: bool
     """True: a communicator of its own, so that its traffic never queues behind the base's."""
     why: str
+    across: str | None = None
+    """Field of ProcessGroupCollection: the group joins the base groups of all these ranks."""
 
 
 GROUP_RECIPES: Mapping[str, GroupRecipe] = {
@@ -49,10 +51,10 @@ GROUP_RECIPES: Mapping[str, GroupRecipe] = {
         "dp_cp", False, "maximum attention logits: over all data of the same heads and layers"
     ),
     "optimizer_exchange": GroupRecipe(
-        "intra_dp_cp", True, "pieces of dense matrices to their homes and back (ZeRO-1 shards)"
+        "intra_dp_cp", True, "pieces of dense matrices to their homes and back", across="tp"
     ),
     "expert_optimizer_exchange": GroupRecipe(
-        "intra_expt_dp", True, "pieces of expert matrices to their homes and back"
+        "intra_expt_dp", True, "pieces of expert matrices to their homes and back", across="expt_tp"
     ),
 }
 
@@ -88,18 +90,34 @@ class K2Groups:
             self._groups[name] = self._create(name)
         return self._groups[name]
 
+    def members(self, name: str) -> list[list[int]]:
+        """Return the global ranks of a group: those of each base group, in the order of ``across``.
+
+        Collective over the ``across`` group: every rank of it must call.
+        """
+        recipe = self._recipes[name]
+        ranks = torch.distributed.get_process_group_ranks(self._base(name, recipe.base))
+        if recipe.across is None:
+            return [ranks]
+        across = self._base(name, recipe.across)
+        found: list[list[int]] = [[]] * across.size()
+        torch.distributed.all_gather_object(found, ranks, group=across)
+        return found
+
+    def _base(self, name: str, field: str) -> ProcessGroup:
+        base = getattr(get_pg_collection([field]), field)
+        if base is None:
+            raise RuntimeError(f"rank {_rank()}: group {name!r} needs Megatron's {field!r} group")
+        return cast("ProcessGroup", base)
+
     def _create(self, name: str) -> ProcessGroup:
         recipe = self._recipes[name]
-        base = getattr(get_pg_collection([recipe.base]), recipe.base)
-        if base is None:
-            raise RuntimeError(
-                f"rank {_rank()}: group {name!r} needs Megatron's {recipe.base!r} group"
-            )
+        base = self._base(name, recipe.base)
         if not recipe.own:
             return base
         # Only members synchronise, so stages that never need the group need not call.
         group = torch.distributed.new_group(
-            torch.distributed.get_process_group_ranks(base),
+            sorted(rank for ranks in self.members(name) for rank in ranks),
             backend=torch.distributed.get_backend(base),
             use_local_synchronization=True,
             group_desc=f"k2_{name}",

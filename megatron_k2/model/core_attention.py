@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.weak import WeakIdKeyDictionary
 
-from megatron_k2.model.max_logit import (
+from megatron_k2.max_logit import (
     MaxLogitRecord,
     chunked_max_logits,
     max_logits,

@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import divide
 from torch import Tensor
 
-from megatron_k2.model.max_logit import MaxLogitRecord, chunked_max_logits
+from megatron_k2.max_logit import MaxLogitRecord, chunked_max_logits
 
 
 class K2TECoreAttention(MaxLogitRecord, TEDotProductAttention):  # type: ignore[misc]

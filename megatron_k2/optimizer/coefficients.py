@@ -30,9 +30,22 @@ COEFFICIENT_SETS: dict[str, tuple[Coefficients, ...]] = {
         *((a / _SAFETY, b / _SAFETY**3, c / _SAFETY**5) for a, b, c in _POLAR_EXPRESS),
         (1.875, -1.25, 0.375),
     ),
+    # The five of modded-nanogpt that Megatron calls quintic, its default (source:
+    # leloykun.github.io/ponder/muon-opt-coeffs): steeper, and the last steps closer to 1.
+    "quintic": (
+        (4.0848, -6.8946, 2.9270),
+        (3.9505, -6.3029, 2.6377),
+        (3.7418, -5.5913, 2.3037),
+        (2.8769, -3.1427, 1.2046),
+        (2.8366, -3.0525, 1.2012),
+    ),
     # DeepSeek-V4's report: eight steep steps, then two that converge.
     "deepseek_v4": ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2,
 }
+
+
+UPSTREAM_NAMES = {"simple": "kimi", "deepseekv4": "deepseek_v4"}
+"""Megatron's names (those of emerging-optimizers) for the same sets."""
 
 
 def coefficient_schedule(name: str, num_steps: int | None = None) -> tuple[Coefficients, ...]:
@@ -45,12 +58,13 @@ def coefficient_schedule(name: str, num_steps: int | None = None) -> tuple[Coeff
     Raises:
         ValueError: unknown name, or fewer than one step.
     """
+    name = UPSTREAM_NAMES.get(name, name)
     if name not in COEFFICIENT_SETS:
         known = ", ".join(sorted(COEFFICIENT_SETS))
-        raise ValueError(f"Newton-Schulz coefficients {name!r} are not one of {known}")
+        raise ValueError(f"--muon-coefficient-type {name!r} is not one of {known}")
     steps: Sequence[Coefficients] = COEFFICIENT_SETS[name]
     if num_steps is None:
         return tuple(steps)
     if num_steps < 1:
-        raise ValueError(f"{num_steps} Newton-Schulz steps: at least 1 is needed")
+        raise ValueError(f"--muon-num-ns-steps {num_steps}: at least 1 is needed")
     return tuple([*steps, *[steps[-1]] * num_steps][:num_steps])

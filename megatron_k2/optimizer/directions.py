@@ -1,95 +1,148 @@
-"""From momenta to Muon's update directions: equal shapes batched, one Newton-Schulz call a batch.
+"""From momenta to update directions: the rule, and how equal shapes are batched for it.
 
-The update of a matrix is ``0.2 sqrt(max(rows, columns))`` times its orthogonalised momentum, whose
-root mean square is then that of AdamW's usual update, so that both share one learning rate
+Muon's update of a matrix is ``0.2 sqrt(max(rows, columns))`` times its orthogonalised momentum,
+whose root mean square is then that of AdamW's usual update, so that both share one learning rate
 (Moonlight, arXiv 2502.16982, section 2.2). A matrix and its transpose are the same work and share a
-batch. No process groups, no Megatron; every matrix whole.
+batch. Any callable of the same shape is an update rule (``rules.py``). No process groups, no
+Megatron; every matrix whole.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_k2.optimizer.coefficients import Coefficients, coefficient_schedule
-from megatron_k2.optimizer.newton_schulz import Method, newton_schulz
+from megatron_k2.optimizer.newton_schulz import (
+    Method,
+    cheapest_method,
+    method_flops,
+    newton_schulz,
+)
 
 RMS_FACTOR = 0.2
 """Moonlight, equation 4: the usual root mean square of AdamW's updates."""
+
+ScaleMode = Literal["spectral", "unit_rms_norm", "shape_scaling"]
 
 MAX_BATCH_BYTES = 256 << 20
 """fp32 bytes of the matrices in one batch; their products need about three times as much."""
 
 
+class UpdateRule(Protocol):
+    """What turns momenta into update directions, whole matrix by whole matrix."""
+
+    def __call__(self, momenta: Tensor) -> Tensor:
+        """Return directions [n, rows, columns] (any floating dtype) for momenta of that shape.
+
+        Rows are at most columns: a taller matrix comes transposed. The result for one matrix may
+        depend on no other one: that is what makes it the same under every layout.
+        """
+
+    def scale(self, rows: int, columns: int) -> float:
+        """Return what multiplies the direction, beside the learning rate; rows as stored."""
+
+    def flops(self, rows: int, columns: int) -> float:
+        """Return the work of one matrix, which the ranks share evenly."""
+
+
 @dataclass(frozen=True)
 class Orthogonaliser:
-    """How momenta become directions.
+    """Muon's rule: how momenta become directions.
 
     Attributes:
         coefficients: one polynomial a step.
         compute_dtype: of the products.
         method: None for the cheapest accurate one, see ``newton_schulz``.
         rms_factor: root mean square that a full-rank update aims at.
-        max_batch_bytes: cap of one batch; a larger matrix is a batch of its own.
+        scale_mode: upstream's ``--muon-scale-mode``; ``spectral`` is the reports'.
     """
 
     coefficients: Sequence[Coefficients] = coefficient_schedule("kimi")
     compute_dtype: torch.dtype = torch.bfloat16
     method: Method | None = None
     rms_factor: float = RMS_FACTOR
-    max_batch_bytes: int = MAX_BATCH_BYTES
+    scale_mode: ScaleMode = "spectral"
 
-    def directions(self, momenta: Sequence[Tensor]) -> list[Tensor]:
-        """Return the direction of each matrix.
+    def __call__(self, momenta: Tensor) -> Tensor:
+        """Return the orthogonalised matrices [n, rows, columns], in ``compute_dtype``."""
+        return newton_schulz(momenta, self.coefficients, self.compute_dtype, self.method)
 
-        Args:
-            momenta: [n, rows, columns] each, any floating dtype; not changed.
+    def scale(self, rows: int, columns: int) -> float:
+        """Return the factor of a matrix of so many output rows and input columns."""
+        if self.scale_mode == "spectral":
+            return self.rms_factor * max(rows, columns) ** 0.5
+        if self.scale_mode == "unit_rms_norm":
+            return self.rms_factor * (rows / columns) ** 0.5
+        return self.rms_factor * max(1.0, rows / columns) ** 0.5
 
-        Returns:
-            the same shapes, in ``compute_dtype``.
+    def flops(self, rows: int, columns: int) -> float:
+        """Return the floating-point operations of one matrix's products."""
+        method = self.method or cheapest_method(
+            rows, columns, self.coefficients, self.compute_dtype
+        )
+        return method_flops(method, rows, columns, len(self.coefficients))
 
-        Raises:
-            ValueError: an entry is not a batch of matrices.
-        """
-        found: list[Tensor | None] = [None] * len(momenta)
-        by_shape: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for index, batch in enumerate(momenta):
-            if batch.ndim != 3:
-                raise ValueError(f"momenta are [n, rows, columns], got {tuple(batch.shape)}")
-            short, long = sorted(batch.shape[1:])
-            by_shape[short, long].append(index)
-        for (_, long), indices in by_shape.items():
-            for part in self._batches([momenta[index].shape for index in indices]):
-                chosen = [indices[position] for position in part]
-                lying = [_lying(momenta[index]) for index in chosen]
-                matrices = lying[0] if len(lying) == 1 else torch.cat(lying)
-                result = newton_schulz(matrices, self.coefficients, self.compute_dtype, self.method)
-                result = result.mul_(self.rms_factor * long**0.5)
-                sizes = [momenta[index].shape[0] for index in chosen]
-                for index, piece in zip(chosen, result.split(sizes), strict=True):
-                    standing = momenta[index].shape[1] > momenta[index].shape[2]
-                    found[index] = piece.transpose(1, 2) if standing else piece
-        return [direction for direction in found if direction is not None]
 
-    def _batches(self, shapes: Sequence[torch.Size]) -> Iterator[list[int]]:
-        """Yield positions that fit under the cap together, in order."""
+def batches(
+    shapes: Sequence[tuple[int, int, int]], max_batch_bytes: int = MAX_BATCH_BYTES
+) -> list[list[int]]:
+    """Group entries that can share one call of the rule.
+
+    Args:
+        shapes: (how many, rows, columns) of each entry.
+        max_batch_bytes: cap of a batch in fp32; a larger entry is a batch of its own.
+
+    Returns:
+        positions of the entries of each batch, equal shapes up to transposition, in order.
+    """
+    by_shape: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for position, (_, rows, columns) in enumerate(shapes):
+        by_shape[min(rows, columns), max(rows, columns)].append(position)
+    found = []
+    for (rows, columns), positions in by_shape.items():
         part: list[int] = []
         num_bytes = 0
-        for position, shape in enumerate(shapes):
-            size = 4 * shape.numel()
-            if part and num_bytes + size > self.max_batch_bytes:
-                yield part
+        for position in positions:
+            size = 4 * shapes[position][0] * rows * columns
+            if part and num_bytes + size > max_batch_bytes:
+                found.append(part)
                 part, num_bytes = [], 0
             part.append(position)
             num_bytes += size
-        if part:
-            yield part
+        found.append(part)
+    return found
 
 
-def _lying(batch: Tensor) -> Tensor:
-    """Return the matrices with their long side as columns."""
-    return batch.transpose(1, 2) if batch.shape[1] > batch.shape[2] else batch
+def directions_of(momenta: Sequence[Tensor], rule: UpdateRule) -> list[Tensor]:
+    """Return the directions of one batch.
+
+    Args:
+        momenta: [n, rows, columns] each, equal up to transposition; not changed.
+        rule: as above.
+
+    Returns:
+        the same shapes, in the rule's dtype.
+
+    Raises:
+        ValueError: an entry is not a batch of matrices.
+    """
+    for batch in momenta:
+        if batch.ndim != 3:
+            raise ValueError(f"momenta are [n, rows, columns], got {tuple(batch.shape)}")
+    lying = [batch.transpose(1, 2) if _stands(batch) else batch for batch in momenta]
+    result = rule(lying[0] if len(lying) == 1 else torch.cat(lying))
+    found = result.split([batch.shape[0] for batch in momenta])
+    return [
+        piece.transpose(1, 2) if _stands(batch) else piece
+        for batch, piece in zip(momenta, found, strict=True)
+    ]
+
+
+def _stands(batch: Tensor) -> bool:
+    return batch.shape[1] > batch.shape[2]

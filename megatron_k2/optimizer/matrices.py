@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -120,10 +120,33 @@ def kimi_rules(
         Rule("*.linear_q_down_proj.weight", "muon", why="query latent"),
         Rule("*.linear_kv_down_proj.weight", "muon", why="key-value latent and rotary key"),
         Rule("*.linear_proj.weight", "muon", why="attention output"),
+        Rule("*.eh_proj.weight", "muon", why="multi-token prediction's projection"),
         Rule("*.mlp.router.weight", "muon", why="router"),
         Rule("*.linear_fc1.weight*", "muon", GATE_AND_UP, "gate and up apart"),
         Rule("*.linear_fc2.weight*", "muon", why="down projection"),
     )
+
+
+def model_rules(config: Any, split: Split = "whole") -> tuple[Rule, ...]:
+    """Return the rules of a Megatron model with latent or grouped-query attention.
+
+    Args:
+        config: its ``TransformerConfig``.
+        split: as in ``kimi_rules``; of ``linear_qkv``, query, key and value are always apart
+            (upstream's ``--muon-split-qkv``), under ``head`` each head.
+
+    Raises:
+        ValueError: unknown ``split``.
+    """
+    if config.multi_latent_attention:
+        return kimi_rules(config.qk_head_dim, config.qk_pos_emb_head_dim, config.v_head_dim, split)
+    width = config.kv_channels
+    heads = config.num_attention_heads // config.num_query_groups
+    qkv = Cut((heads * width, width, width))
+    if split == "head":
+        qkv = Cut((width,) * (heads + 2), by="head")
+    rule = Rule("*.linear_qkv.weight", "muon", qkv, "query, key and value apart")
+    return (rule, *kimi_rules(width, 0, width, split))
 
 
 def assign(name: str, shape: Sequence[int], rules: Iterable[Rule]) -> Assignment:

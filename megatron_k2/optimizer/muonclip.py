@@ -1,55 +1,100 @@
-"""MuonClip's step for parameters that one process holds whole: Muon for matrices, AdamW else.
+"""MuonClip's step: Muon for matrices, AdamW else, QK-Clip at the end.
 
 The rule of Kimi K2 (arXiv 2507.20534) and Moonlight (arXiv 2502.16982): Nesterov momentum,
 Newton-Schulz, update of AdamW's root mean square, decoupled weight decay on matrices and norm
-gains. QK-Clip is ``qk_clip.py``; the distributed optimizer over flat shards is still to come, and
-this one is what it has to equal. fp32 state; no process groups, no Megatron.
+gains. The parameters are flat shards with a plan of homes (``distributed.py`` builds both) or whole
+tensors of one process (``MuonClip.for_model``); the step is the same, and so are its bits. All
+element-wise work is done on the shard where it lies; nothing is read back to the host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from megatron_k2.optimizer.directions import Orthogonaliser
-from megatron_k2.optimizer.matrices import Rule, add_matrices_, assign, cut_matrices
+from megatron_k2.optimizer.directions import (
+    MAX_BATCH_BYTES,
+    Orthogonaliser,
+    UpdateRule,
+    batches,
+    directions_of,
+)
+from megatron_k2.optimizer.exchange import Exchange, Span, Wave
+from megatron_k2.optimizer.geometry import LogicalMatrix, Sharding
+from megatron_k2.optimizer.homes import ShardedParameter, plan_homes
+from megatron_k2.optimizer.matrices import Rule, assign
+from megatron_k2.optimizer.qk_clip import QKClip
 
 MOMENTUM = 0.95  # Muon, Moonlight
 BETAS, EPS = (0.9, 0.95), 1e-8  # Moonlight's AdamW
 WEIGHT_DECAY = 0.1  # both reports
 
 
+@dataclass(frozen=True)
+class Stack:
+    """Matrices of one parameter that lie whole in this rank's shard, evenly spaced.
+
+    Attributes:
+        matrix: the first one.
+        count: how many.
+        spacing: elements of the flat tensor between them.
+        offset: where the shard begins in the flat tensor.
+    """
+
+    matrix: LogicalMatrix
+    count: int
+    spacing: int
+    offset: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """How many, rows, columns."""
+        return self.count, self.matrix.rows, self.matrix.columns
+
+    def view(self, flat: Tensor) -> Tensor:
+        """Return [count, runs, rows of a run, columns] of a contiguous shard, without a copy."""
+        runs, columns = self.matrix.runs, self.matrix.columns
+        return flat.as_strided(
+            (self.count, runs.count, runs.length // columns, columns),
+            (self.spacing, runs.stride, columns, 1),
+            flat.storage_offset() + runs.start - self.offset,
+        )
+
+
 class MuonClip(torch.optim.Optimizer):
-    """Muon and AdamW under one learning rate, by name.
+    """Muon and AdamW under one learning rate, over shards.
 
     Args:
-        named_parameters: names decide, see ``matrices.assign``.
-        rules: in order; a matrix that none names is refused.
+        groups: of parameters, each with ``algorithm`` "muon" or "adamw" beside torch's keys.
         lr: of both algorithms.
         momentum: of Muon.
         nesterov: look one step ahead.
-        weight_decay: decoupled, on every parameter.
+        weight_decay: decoupled, on every group that does not set its own.
         betas, eps: of AdamW.
-        orthogonaliser: of Muon's directions.
+        rule: from momenta to directions.
+        momentum_dtype: of Muon's state; fp32, or bf16 for half the bytes.
+        max_batch_bytes: cap of one call of the rule.
 
     Raises:
-        ValueError: a number out of range, or a parameter that no rule names.
+        ValueError: a number out of range.
     """
 
     def __init__(
         self,
-        named_parameters: Iterable[tuple[str, Tensor]],
-        rules: Iterable[Rule],
+        groups: Iterable[dict[str, Any]],
         lr: float = 2e-4,
         momentum: float = MOMENTUM,
         nesterov: bool = True,
         weight_decay: float = WEIGHT_DECAY,
         betas: tuple[float, float] = BETAS,
         eps: float = EPS,
-        orthogonaliser: Orthogonaliser | None = None,
+        rule: UpdateRule | None = None,
+        momentum_dtype: torch.dtype = torch.float32,
+        max_batch_bytes: int = MAX_BATCH_BYTES,
     ) -> None:
         for name, value, allowed in (
             ("lr", lr, lr >= 0),
@@ -58,22 +103,76 @@ class MuonClip(torch.optim.Optimizer):
         ):
             if not allowed:
                 raise ValueError(f"MuonClip: {name} {value} is out of range")
-        rules = tuple(rules)
-        groups: dict[str, list[Tensor]] = {"muon": [], "adamw": []}
-        self.assignments = {}
-        for name, parameter in named_parameters:
-            assignment = assign(name, parameter.shape, rules)
-            self.assignments[parameter] = assignment
-            groups[assignment.rule.algorithm].append(parameter)
-        defaults = dict(lr=lr, weight_decay=weight_decay)
-        self.orthogonaliser = orthogonaliser or Orthogonaliser()
-        super().__init__(
-            [
-                dict(params=groups["muon"], algorithm="muon", momentum=momentum, nesterov=nesterov),
-                dict(params=groups["adamw"], algorithm="adamw", betas=betas, eps=eps),
-            ],
-            defaults,
+        self.rule: UpdateRule = rule or Orthogonaliser()
+        self.momentum_dtype, self.max_batch_bytes = momentum_dtype, max_batch_bytes
+        self.exchange: Exchange | None = None
+        self.clip: QKClip | None = None
+        defaults = dict(
+            lr=lr,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            nesterov=nesterov,
+            betas=betas,
+            eps=eps,
+            step=0,
         )
+        super().__init__(list(groups), defaults)
+
+    @classmethod
+    def for_model(
+        cls, named_parameters: Iterable[tuple[str, Tensor]], rules: Iterable[Rule], **options: Any
+    ) -> MuonClip:
+        """Return the optimizer of parameters that this process holds whole.
+
+        Args:
+            named_parameters: names decide, see ``matrices.assign``.
+            rules: in order; a matrix that none names is refused.
+            options: as for the class.
+
+        Raises:
+            ValueError: a number out of range, or a parameter that no rule names.
+        """
+        groups: dict[str, list[Tensor]] = {"muon": [], "adamw": []}
+        parameters, rules = [], list(rules)
+        for name, parameter in named_parameters:
+            rule = assign(name, parameter.shape, rules).rule
+            groups[rule.algorithm].append(parameter)
+            if rule.algorithm == "muon":
+                whole = ((0, parameter.numel()),)
+                shape = tuple(parameter.shape)
+                parameters.append(ShardedParameter(name, shape, rule.cut, Sharding(), whole))
+        named = [dict(params=some, algorithm=algorithm) for algorithm, some in groups.items()]
+        optimizer = cls(named, **options)
+        optimizer.attach(Exchange(plan_homes(parameters, optimizer.rule.flops)), groups["muon"])
+        return optimizer
+
+    def attach(
+        self, exchange: Exchange, shards: Sequence[Tensor | None], clip: QKClip | None = None
+    ) -> None:
+        """Say which shards there are; creates the state.
+
+        Args:
+            exchange: of this member, with the plan.
+            shards: this member's shard of each parameter of the plan, contiguous; None for none.
+            clip: applied after the update.
+        """
+        self.exchange, self.shards, self.clip = exchange, list(shards), clip
+        self._group_of = {id(p): group for group in self.param_groups for p in group["params"]}
+        self.stacks = _stacks(exchange, self.max_batch_bytes)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.init_state(parameter, group)
+
+    def init_state(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        """Create the state of one shard, zero."""
+        state = self.state[parameter]
+        if state:
+            return
+        if group["algorithm"] == "muon":
+            state["momentum_buffer"] = torch.zeros_like(parameter, dtype=self.momentum_dtype)
+        else:
+            state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -81,54 +180,167 @@ class MuonClip(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Take one step with the gradients in ``.grad``; parameters without one stay."""
+        """Take one step with the gradients in ``.grad``; parameters without one stay.
+
+        Collective: over the members of the exchange and, with a clip, over its group.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self.clip is not None:
+            self.clip.start()
         for group in self.param_groups:
+            group["step"] += 1
             parameters = [p for p in group["params"] if p.grad is not None]
             if group["algorithm"] == "muon":
-                self._muon_step(parameters, group)
+                self._momentum_step(parameters, group)
             else:
                 self._adamw_step(parameters, group)
+        self._muon_step()
+        if self.clip is not None:
+            self.clip.apply_()
         return loss
 
-    def _muon_step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+    def _momentum_step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """Take the gradients into the momenta, and decay the weights."""
         if not parameters:
             return
-        for parameter in parameters:
-            if not self.state[parameter]:
-                zeros = torch.zeros_like(parameter, dtype=torch.float32)
-                self.state[parameter]["momentum"] = zeros
+        momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
         grads = [p.grad.float() for p in parameters if p.grad is not None]
-        momenta = [self.state[parameter]["momentum"] for parameter in parameters]
-        torch._foreach_mul_(momenta, group["momentum"])
-        torch._foreach_add_(momenta, grads)
-        ahead = momenta
-        if group["nesterov"]:
-            ahead = list(torch._foreach_add(grads, momenta, alpha=group["momentum"]))
-        cuts = [self.assignments[parameter].rule.cut for parameter in parameters]
-        cut = [cut_matrices(one, rule) for one, rule in zip(ahead, cuts, strict=True)]
-        directions = iter(self.orthogonaliser.directions([m for some in cut for m in some]))
+        if self.momentum_dtype == torch.float32:
+            torch._foreach_mul_(momenta, group["momentum"])
+            torch._foreach_add_(momenta, grads)
+        else:
+            for momentum, grad in zip(momenta, grads, strict=True):
+                momentum.copy_(torch.add(grad, momentum.float(), alpha=group["momentum"]))
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        for parameter, rule, some in zip(parameters, cuts, cut, strict=True):
-            add_matrices_(parameter, rule, [next(directions) for _ in some], -group["lr"])
+
+    def _muon_step(self) -> None:
+        """Orthogonalise what is at home here; send, receive and apply the rest."""
+        assert self.exchange is not None, "attach() comes before step()"
+        num_waves = len(self.exchange.routes)
+        wave = self._ask(0) if num_waves else None
+        self._stack_step()
+        for index in range(num_waves):
+            assert wave is not None
+            momenta = wave.matrices()
+            following = self._ask(index + 1) if index + 1 < num_waves else None
+            wave.reply(self._directions(momenta))
+            wave.finish(self._add_span_)
+            wave = following
+
+    def _ask(self, wave: int) -> Wave:
+        assert self.exchange is not None
+        return self.exchange.ask(wave, self._read_span)
+
+    def _stack_step(self) -> None:
+        """Update the matrices that lie whole in this shard."""
+        assert self.exchange is not None
+        stacks = [stack for stack in self.stacks if self._has_grad(stack)]
+        for batch in batches([stack.shape for stack in stacks], self.max_batch_bytes):
+            chosen = [stacks[position] for position in batch]
+            directions = directions_of([self._read_stack(one) for one in chosen], self.rule)
+            for stack, direction in zip(chosen, directions, strict=True):
+                parameter = self._shard(stack.matrix.parameter)
+                view = stack.view(parameter)
+                update = self.exchange.round(direction).reshape(view.shape)
+                view.add_(update, alpha=-self._rate(parameter, stack.matrix))
+
+    def _directions(self, momenta: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Return the directions of assembled matrices [1, rows, columns]."""
+        found: dict[int, Tensor] = {}
+        indices = list(momenta)
+        shapes = [(1, *momenta[index].shape[1:]) for index in indices]
+        for batch in batches(shapes, self.max_batch_bytes):
+            chosen = [indices[position] for position in batch]
+            directions = directions_of([momenta.pop(index) for index in chosen], self.rule)
+            found.update(zip(chosen, directions, strict=True))
+        return found
+
+    def _shard(self, index: int) -> Tensor:
+        shard = self.shards[index]
+        assert shard is not None, "the plan says that this rank holds a part"
+        return shard
+
+    def _has_grad(self, stack: Stack) -> bool:
+        return self._shard(stack.matrix.parameter).grad is not None
+
+    def _ahead(self, parameter: Tensor, view: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return a view of the momentum, one step ahead under Nesterov, in the wire's dtype."""
+        assert self.exchange is not None
+        group = self._group_of[id(parameter)]
+        momentum = view(self.state[parameter]["momentum_buffer"]).float()
+        if group["nesterov"]:
+            assert parameter.grad is not None, "every shard that travels has a gradient"
+            grad = view(parameter.grad).float()
+            momentum = torch.add(grad, momentum, alpha=group["momentum"])
+        return momentum.to(self.exchange.wire_dtype)
+
+    def _read_stack(self, stack: Stack) -> Tensor:
+        ahead = self._ahead(self._shard(stack.matrix.parameter), stack.view)
+        return ahead.reshape(stack.shape)
+
+    def _matrix(self, index: int) -> LogicalMatrix:
+        assert self.exchange is not None
+        return self.exchange.plan.matrices[index].matrix
+
+    def _read_span(self, span: Span) -> Tensor:
+        index, start, stop = span
+        parameter = self._shard(self._matrix(index).parameter)
+        return self._ahead(parameter, lambda flat: flat.view(-1)[start:stop])
+
+    def _add_span_(self, span: Span, direction: Tensor) -> None:
+        index, start, stop = span
+        matrix = self._matrix(index)
+        parameter = self._shard(matrix.parameter)
+        rate = self._rate(parameter, matrix)
+        parameter.view(-1)[start:stop].add_(direction, alpha=-rate)
+
+    def _rate(self, parameter: Tensor, matrix: LogicalMatrix) -> float:
+        """Return what multiplies a matrix's direction."""
+        lr: float = self._group_of[id(parameter)]["lr"]
+        return lr * self.rule.scale(matrix.rows, matrix.columns)
 
     def _adamw_step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """Decoupled weight decay and bias correction as torch.optim.AdamW has them."""
         beta1, beta2 = group["betas"]
         for parameter in parameters:
             assert parameter.grad is not None
             state = self.state[parameter]
-            if not state:
-                state["step"] = 0
-                state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
-                state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
-            state["step"] += 1
             grad = parameter.grad.float()
             state["exp_avg"].lerp_(grad, 1 - beta1)
             state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-            mean = state["exp_avg"] / (1 - beta1 ** state["step"])
-            root = (state["exp_avg_sq"] / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
+            mean = state["exp_avg"] / (1 - beta1 ** group["step"])
+            root = (state["exp_avg_sq"] / (1 - beta2 ** group["step"])).sqrt_().add_(group["eps"])
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.add_(mean.div_(root).to(parameter.dtype), alpha=-group["lr"])
+
+
+def _stacks(exchange: Exchange, max_batch_bytes: int) -> list[Stack]:
+    """Return the matrices that stay here, joined where they lie evenly spaced."""
+    return list(_joined(exchange, max_batch_bytes))
+
+
+def _joined(exchange: Exchange, max_batch_bytes: int) -> Iterator[Stack]:
+    plan, member = exchange.plan, exchange.member
+    kinds: dict[tuple[int, int, int, int], list[LogicalMatrix]] = {}
+    for placed in plan.matrices:
+        if placed.home == member and placed.stays:
+            one = placed.matrix
+            kinds.setdefault((one.parameter, one.rows, one.columns, one.runs.length), []).append(
+                one
+            )
+    for (parameter, rows, columns, _), matrices in kinds.items():
+        ranges = plan.parameters[parameter].ranges
+        offset = ranges[member % len(ranges)][0]
+        largest = max(1, max_batch_bytes // (4 * rows * columns))
+        first = 0
+        while first < len(matrices):
+            starts = [one.runs.start for one in matrices[first : first + largest]]
+            spacing = starts[1] - starts[0] if len(starts) > 1 else 0
+            count = 1
+            while count < len(starts) and starts[count] - starts[count - 1] == spacing:
+                count += 1
+            yield Stack(matrices[first], count, spacing, offset)
+            first += count

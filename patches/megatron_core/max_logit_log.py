@@ -28,7 +28,7 @@ def _replacement(original: Callable[..., float]) -> Any:
         """
         from megatron.core.utils import get_model_config
 
-        from megatron_k2.model.max_logit import bind_max_logit_buffer, reset_max_logits
+        from megatron_k2.max_logit import bind_max_logit_buffer, reset_max_logits
 
         records = getattr(get_model_config(model[0]), "k2_max_attention_logit", False)
         if not (log_max_only and records):

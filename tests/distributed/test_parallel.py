@@ -52,7 +52,8 @@ def test_groups_are_recreated_after_reinitialisation(pool: Pool):
     for rank, (first, second, third) in enumerate(found):
         stage = [0, 1] if rank < 2 else [2, 3]
         assert first["optimizer_exchange"] == (stage, sum_of(stage))
-        assert second["optimizer_exchange"] == ([rank], sum_of([rank]))
+        # Pieces of a matrix travel over tensor-parallel ranks as well.
+        assert second["optimizer_exchange"] == ([0, 1, 2, 3], 15.0)
         assert second["expert_optimizer_exchange"] == ([0, 1, 2, 3], 15.0)
         assert third == first
 

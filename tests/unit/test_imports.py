@@ -22,6 +22,7 @@ FLOORS = {
     "fp8": 2,
     "checkpoint": 2,
     "arguments": 2,
+    "max_logit": 2,
     "parallel": 2,
     "model": 3,
     "optimizer": 3,

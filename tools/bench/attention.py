@@ -73,7 +73,7 @@ def step_overhead(preset: str, tokens: int, sequences: int, repeats: int) -> dic
     from megatron.core.models.gpt import GPTModel
     from megatron.training.arguments import core_transformer_config_from_args
 
-    from megatron_k2.model.max_logit import MaxLogitRecord
+    from megatron_k2.max_logit import MaxLogitRecord
     from megatron_k2.model.specs import get_k2_layer_specs
 
     args = parsed_args(preset, sequences, tokens)

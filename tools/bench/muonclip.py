@@ -98,8 +98,9 @@ def one_by_one(parameters: dict[str, Tensor]) -> list[Tensor]:
 def contestants(shapes: Named, rules: tuple[Rule, ...]) -> dict[str, torch.optim.Optimizer]:
     """Return the optimizers over the same weights and gradients, by name."""
     found: dict[str, torch.optim.Optimizer] = {
-        "k2": MuonClip(
-            random_parameters(shapes).items(), rules, LR, MOMENTUM, weight_decay=WEIGHT_DECAY
+        "k2": MuonClip.for_model(
+            random_parameters(shapes).items(), rules, lr=LR, momentum=MOMENTUM,
+            weight_decay=WEIGHT_DECAY,
         ),
         "torch.optim.Muon": torch.optim.Muon(
             one_by_one(random_parameters(shapes)), LR, WEIGHT_DECAY, MOMENTUM,
@@ -135,7 +136,7 @@ def update_errors(size: tuple[int, int] = (512, 256)) -> dict[str, float]:
     wanted = newton_schulz(grad[None].double(), coefficient_schedule("kimi"), torch.float64)[0]
     ours, theirs = (torch.zeros(size).requires_grad_() for _ in range(2))
     ours.grad, theirs.grad = grad, grad.clone()
-    MuonClip([("a", ours)], (Rule("a", "muon"),), 1.0, weight_decay=0.0).step()
+    MuonClip.for_model([("a", ours)], (Rule("a", "muon"),), lr=1.0, weight_decay=0.0).step()
     torch.optim.Muon([theirs], 1.0, 0.0, adjust_lr_fn="match_rms_adamw").step()
     scale = -0.2 * max(size) ** 0.5
     return {

@@ -210,8 +210,8 @@ def test_unsupported_configurations_are_refused(changes: dict[str, Any], message
 
 
 def test_buffer_of_a_model_is_one_static_tensor() -> None:
+    from megatron_k2.max_logit import bind_max_logit_buffer
     from megatron_k2.model.core_attention import max_logits, reset_max_logits
-    from megatron_k2.model.max_logit import bind_max_logit_buffer
 
     chunk = torch.nn.Module()
     chunk.layers = torch.nn.ModuleList([core_attention(), core_attention()])

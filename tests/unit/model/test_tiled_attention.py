@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_k2.model import max_logit, tiled_attention
-from megatron_k2.model.max_logit import chunked_max_logits
+from megatron_k2 import max_logit
+from megatron_k2.max_logit import chunked_max_logits
+from megatron_k2.model import tiled_attention
 from megatron_k2.model.tiled_attention import tiled_causal_attention
 from tests.reference.attention import dense_causal_attention, dense_logits, dense_max_logits
 

@@ -88,8 +88,10 @@ def test_names_of_transformer_engine_and_of_wrappers_are_known():
 
 
 def test_unknown_matrices_and_wrong_shapes_are_refused_by_name():
-    with pytest.raises(ValueError, match=r"no rule says what mtp.eh_proj.weight \[4, 8\] is"):
-        assign("mtp.eh_proj.weight", (4, 8), RULES)
+    with pytest.raises(
+        ValueError, match=r"no rule says what decoder.extra_proj.weight \[4, 8\] is"
+    ):
+        assign("decoder.extra_proj.weight", (4, 8), RULES)
     assert assign("some.vector", (4,), RULES).rule.algorithm == "adamw"
     with pytest.raises(
         ValueError, match=r"linear_fc1.weight \[7, 8\]: 7 rows are not a multiple of 2"

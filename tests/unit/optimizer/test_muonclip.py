@@ -9,7 +9,7 @@ import torch
 
 from megatron_k2.optimizer import directions as directions_module
 from megatron_k2.optimizer.coefficients import coefficient_schedule
-from megatron_k2.optimizer.directions import Orthogonaliser
+from megatron_k2.optimizer.directions import Orthogonaliser, batches, directions_of
 from megatron_k2.optimizer.matrices import GATE_AND_UP, Cut, Rule
 from megatron_k2.optimizer.muonclip import MuonClip
 from tests.reference.newton_schulz import by_singular_values
@@ -70,7 +70,7 @@ def twin_directions(name: str, stored: torch.Tensor) -> torch.Tensor:
 
 def test_three_steps_equal_the_fp64_twin():
     found = parameters()
-    optimizer = MuonClip(found.items(), RULES, lr=0.02, orthogonaliser=FP32)
+    optimizer = MuonClip.for_model(found.items(), RULES, lr=0.02, rule=FP32)
     twin = {name: value.detach().double() for name, value in found.items()}
     momenta = {name: torch.zeros_like(value) for name, value in twin.items()}
     squares = {name: torch.zeros_like(value) for name, value in twin.items()}
@@ -95,7 +95,7 @@ def test_three_steps_equal_the_fp64_twin():
 def test_plain_matrices_move_as_under_torchs_muon():
     ours, theirs = torch.randn(2, 1, 24, 40).bfloat16().float()[0].repeat(2, 1, 1)
     ours, theirs = ours.requires_grad_(), theirs.clone().requires_grad_()
-    mine = MuonClip([("plain", ours)], RULES, lr=0.02)
+    mine = MuonClip.for_model([("plain", ours)], RULES, lr=0.02)
     peer = torch.optim.Muon(
         [theirs], lr=0.02, momentum=0.95, nesterov=True, weight_decay=0.1,
         adjust_lr_fn="match_rms_adamw",
@@ -111,7 +111,7 @@ def test_plain_matrices_move_as_under_torchs_muon():
 
 def test_the_rest_moves_as_under_torchs_adamw():
     ours, theirs = parameters()["table"], parameters()["table"]
-    mine = MuonClip([("table", ours)], RULES, lr=0.02)
+    mine = MuonClip.for_model([("table", ours)], RULES, lr=0.02)
     peer = torch.optim.AdamW([theirs], lr=0.02, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     for step in range(3):
         ours.grad, theirs.grad = gradients(step)["table"], gradients(step)["table"]
@@ -133,17 +133,20 @@ def test_the_memory_cap_changes_no_bit_and_each_matrix_is_done_once(
 
     monkeypatch.setattr(directions_module, "newton_schulz", counting)
     momenta = [torch.randn(n, r, c) for n, r, c in ((2, 6, 9), (3, 9, 6), (1, 6, 9), (4, 5, 5))]
-    engine = Orthogonaliser(compute_dtype=torch.float32, max_batch_bytes=max_batch_bytes)
-    found = engine.directions(momenta)
+    groups = batches([(n, r, c) for n, r, c in (m.shape for m in momenta)], max_batch_bytes)
+    found = {}
+    for group in groups:
+        chosen = [momenta[index] for index in group]
+        found.update(zip(group, directions_of(chosen, FP32), strict=True))
     assert sum(counted) == 10
-    for one, momentum in zip(found, momenta, strict=True):
-        assert one.shape == momentum.shape
-        assert torch.equal(one, FP32.directions([momentum])[0])
+    for index, momentum in enumerate(momenta):
+        assert found[index].shape == momentum.shape
+        assert torch.equal(found[index], directions_of([momentum], FP32)[0])
 
 
 def test_a_zero_gradient_moves_nothing_but_the_decay():
     found = parameters()
-    optimizer = MuonClip(found.items(), RULES, lr=0.02, orthogonaliser=FP32)
+    optimizer = MuonClip.for_model(found.items(), RULES, lr=0.02, rule=FP32)
     before = {name: value.detach().clone() for name, value in found.items()}
     for value in found.values():
         value.grad = torch.zeros_like(value)
@@ -154,7 +157,7 @@ def test_a_zero_gradient_moves_nothing_but_the_decay():
 
 def test_state_survives_a_round_trip():
     first, second = parameters(), parameters()
-    one, other = (MuonClip(p.items(), RULES, lr=0.02) for p in (first, second))
+    one, other = (MuonClip.for_model(p.items(), RULES, lr=0.02) for p in (first, second))
     for step in range(2):
         for name, grad in gradients(step).items():
             first[name].grad = grad
@@ -172,8 +175,8 @@ def test_state_survives_a_round_trip():
 
 def test_numbers_out_of_range_and_unnamed_matrices_are_refused():
     with pytest.raises(ValueError, match=r"momentum 1\.0 is out of range"):
-        MuonClip([], RULES, momentum=1.0)
+        MuonClip.for_model([], RULES, momentum=1.0)
     with pytest.raises(ValueError, match=r"no rule says what other \[2, 2\] is"):
-        MuonClip([("other", torch.zeros(2, 2))], RULES)
+        MuonClip.for_model([("other", torch.zeros(2, 2))], RULES)
     with pytest.raises(ValueError, match=r"momenta are \[n, rows, columns\]"):
-        FP32.directions([torch.zeros(2, 2)])
+        directions_of([torch.zeros(2, 2)], FP32)

@@ -140,6 +140,16 @@ def _records(model_chunk: torch.nn.Module) -> dict[int, MaxLogitRecord]:
     return dict(sorted(found.items()))
 
 
+def recording_attentions(model_chunk: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the attention layers of a chunk, in the order of the rows of its buffer."""
+    parents = {
+        id(module.core_attention): module
+        for module in model_chunk.modules()
+        if isinstance(getattr(module, "core_attention", None), MaxLogitRecord)
+    }
+    return [parents[id(record)] for record in _records(model_chunk).values()]
+
+
 def bind_max_logit_buffer(model_chunk: torch.nn.Module) -> Tensor:
     """Give all layers of a chunk one buffer and keep what they recorded; idempotent.
 

@@ -1,0 +1,359 @@
+"""Builds ``--optimizer muonclip`` for Megatron's model chunks, as ``get_megatron_optimizer`` would.
+
+Upstream's registry of optimizers cannot wrap one of its own in the distributed optimizer (0.19.2,
+``core/optimizer/__init__.py:1038``), so the patch ``muonclip-optimizer`` sends the name here.
+Groups of parameters, buffers and process groups come from upstream's own functions.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import optimizer as upstream
+from megatron.core.optimizer.grad_scaler import ConstantGradScaler, DynamicGradScaler
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_model_config, log_single_rank
+
+from megatron_k2.max_logit import bind_max_logit_buffer, recording_attentions
+from megatron_k2.optimizer.config import MuonClipConfig
+from megatron_k2.optimizer.directions import UpdateRule
+from megatron_k2.optimizer.distributed import (
+    MuonClipInstance,
+    MuonClipOptimizer,
+    Replicas,
+    attach,
+    muon_parameters,
+    names_of,
+    total_work,
+)
+from megatron_k2.optimizer.homes import (
+    MAX_WAVE_BYTES,
+    HomePlan,
+    ShardedParameter,
+    plan_homes,
+    work_limit,
+)
+from megatron_k2.optimizer.matrices import Rule, assign, assignment_table, model_rules
+from megatron_k2.optimizer.muonclip import MuonClip
+from megatron_k2.optimizer.qk_clip import (
+    ClippedRows,
+    QKClip,
+    fused_row_factors,
+    key_value_row_factors,
+    query_row_factors,
+)
+from megatron_k2.parallel import k2_groups
+
+logger = logging.getLogger(__name__)
+Chunks = Sequence[torch.nn.Module]
+
+
+def get_muonclip_optimizer(
+    config: MuonClipConfig,
+    model_chunks: Chunks,
+    config_overrides: Mapping[Any, Any] | None = None,
+    use_gloo_process_groups: bool = True,
+    pg_collection: ProcessGroupCollection | None = None,
+) -> MuonClipOptimizer:
+    """Return MuonClip for model chunks wrapped in DDP with the distributed optimizer.
+
+    Args:
+        config: what to build; upstream's class gets K2's defaults for the rest.
+        model_chunks: of this pipeline stage.
+        config_overrides: per parameter, upstream's; None for its standard ones.
+        use_gloo_process_groups: as upstream.
+        pg_collection: groups; None for parallel_state's.
+
+    Raises:
+        ValueError: a setting that MuonClip does not support, or a parameter that no rule names.
+
+    Collective: every rank must call.
+    """
+    if not isinstance(config, MuonClipConfig):
+        config = MuonClipConfig.from_args(config, None)
+    refuse_unsupported(config, model_chunks)
+    model_config = get_model_config(model_chunks[0])
+    rules = model_rules(model_config, config.k2_muon_split)
+    names = names_of(model_chunks)
+    rule = config.update_rule()
+    overrides = _overrides(config, config_overrides, rules)
+    groups = ProcessGroupCollection.setup_process_groups_for_optimizer(
+        pg_collection, list(model_chunks), use_gloo_process_groups
+    )
+    instances = [
+        _instance(config, model_chunks, overrides, groups, rule, expert=expert)
+        for expert in (False, True)
+    ]
+    pgs = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+    for one in instances:
+        one.grad_stats_parallel_group = groups["intra_dist_opt_group"]
+        one.tp_group, one.expert_tp_group = pgs.tp, pgs.expt_tp
+    present = [one for one in instances if not one.is_stub_optimizer]
+    _plan(config, present, names, rules, rule, pgs, model_chunks)
+    if torch.distributed.get_rank() == 0:
+        assignments = [assign(name, p.shape, rules) for p, name in names.items()]
+        table = assignment_table(assignments)
+        log_single_rank(logger, logging.INFO, f"MuonClip, this rank's parameters:\n{table}")
+    return MuonClipOptimizer(present)
+
+
+def refuse_unsupported(config: MuonClipConfig, model_chunks: Chunks) -> None:
+    """Raise ValueError for settings under which MuonClip would not do what they say."""
+    ddp = getattr(model_chunks[0], "ddp_config", None)
+    refused = {
+        "--use-distributed-optimizer is needed": ddp is None or not ddp.use_distributed_optimizer,
+        "--use-megatron-fsdp": ddp is not None and ddp.use_megatron_fsdp,
+        "--num-distributed-optimizer-instances above 1": ddp is not None
+        and ddp.num_distributed_optimizer_instances > 1,
+        "--use-precision-aware-optimizer": config.use_precision_aware_optimizer,
+        "--optimizer-cpu-offload (MuonClip has --k2-optimizer-offload)":
+            config.optimizer_cpu_offload,
+        "--overlap-param-gather-with-optimizer-step":
+            config.overlap_param_gather_with_optimizer_step,
+        "--muon-scalar-optimizer other than adam": config.muon_scalar_optimizer != "adam",
+    }  # fmt: skip
+    for what, found in refused.items():
+        if found:
+            raise ValueError(f"--optimizer muonclip: {what}; not supported otherwise")
+
+
+def _overrides(
+    config: MuonClipConfig, given: Mapping[Any, Any] | None, rules: Sequence[Rule]
+) -> dict[Any, Any]:
+    """Return upstream's overrides with the reports' weight decay, and the algorithm by name.
+
+    Upstream exempts every vector from weight decay; Moonlight decays norm gains and exempts biases.
+    """
+    standard = upstream.get_standard_config_overrides(config)
+    overrides = {key: value for key, value in (given or {}).items() if key not in standard}
+    overrides |= {key: value for key, value in standard.items() if value != {"wd_mult": 0.0}}
+    overrides[ParamKey(name="*.bias")] = ParamGroupOverride(wd_mult=0.0)
+    for algorithm in ("muon", "adamw"):
+        predicate = ParamWithNamePredicate(
+            name=f"under_{algorithm}",
+            fn=lambda parameter, name, algorithm=algorithm: (
+                assign(name, parameter.shape, rules).rule.algorithm == algorithm
+            ),
+        )
+        key = ParamKey(with_name_predicate=predicate)
+        overrides[key] = {"algorithm": algorithm}
+    return overrides
+
+
+def _instance(
+    config: MuonClipConfig,
+    model_chunks: Chunks,
+    overrides: dict[Any, Any],
+    groups: dict[str, Any],
+    rule: UpdateRule,
+    *,
+    expert: bool,
+) -> MuonClipInstance:
+    """Return the instance over the dense or the expert parameters."""
+    param_groups, buffers = upstream._get_param_groups_and_buffers(
+        list(model_chunks),
+        model_chunk_offset=0,
+        config=config,
+        config_overrides=overrides,
+        filter_fn=lambda group: group["is_expert_parallel"] == expert,
+        buffer_name="expert_parallel_buffers" if expert else "buffers",
+    )
+    kind = "expt_" if expert else ""
+    inner = None
+    if param_groups:
+        inner = MuonClip(
+            param_groups,
+            lr=config.lr or 0.0,
+            momentum=config.muon_momentum,
+            nesterov=config.muon_nesterov,
+            weight_decay=config.weight_decay,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_eps,
+            rule=rule,
+            momentum_dtype=config.momentum_dtype,
+        )
+    idx_group = groups["expt_tp_pp_with_egtp_remat_group" if expert else "mp_group"]
+    data_group = f"intra_{kind}dp_group" if expert else "intra_dp_cp_group"
+    return MuonClipInstance(
+        inner,
+        config,
+        _grad_scaler(config),
+        lambda opt, config=None: None,
+        model_chunks=list(model_chunks),
+        per_model_buffers=buffers,
+        data_parallel_group=groups[data_group],
+        data_parallel_group_gloo=groups[f"{data_group}_gloo"],
+        data_parallel_group_idx=idx_group.rank(),
+        distributed_optimizer_instance_id=0,
+    )
+
+
+def _grad_scaler(config: MuonClipConfig) -> Any:
+    """Return upstream's loss scaler for the configuration, as its own builder chooses it."""
+    if config.loss_scale:
+        return ConstantGradScaler(config.loss_scale)
+    if not config.fp16:
+        return None
+    return DynamicGradScaler(
+        initial_scale=config.initial_loss_scale,
+        min_scale=config.min_loss_scale,
+        growth_factor=2.0,
+        backoff_factor=0.5,
+        growth_interval=config.loss_scale_window,
+        hysteresis=config.hysteresis,
+    )
+
+
+def _plan(
+    config: MuonClipConfig,
+    instances: Sequence[MuonClipInstance],
+    names: dict[torch.nn.Parameter, str],
+    rules: Sequence[Rule],
+    rule: UpdateRule,
+    pgs: ProcessGroupCollection,
+    model_chunks: Chunks,
+) -> None:
+    """Plan homes over both instances and attach shards, exchange and clip."""
+    clip = partial(_clip, config, model_chunks) if config.k2_qk_clip else None
+    wire = config.wire_dtype
+    narrow = min(wire, config.compute_dtype, key=lambda dtype: dtype.itemsize)
+    found = []
+    for instance in instances:
+        expert = instance.param_groups[0]["is_expert_parallel"]
+        tp_group = pgs.expt_tp if expert else pgs.tp
+        name = "expert_optimizer_exchange" if expert else "optimizer_exchange"
+        ranks = tuple(tuple(some) for some in k2_groups.members(name))
+        replicas = Replicas(ranks, tp_group.rank(), instance.data_parallel_group.rank())
+        parameters = muon_parameters(instance, names, rules, tp_group.size())
+        found.append((instance, expert, name, replicas, parameters))
+    planned = [(replicas, [one for _, one in own]) for _, _, _, replicas, own in found]
+    teams = _teams([replicas for replicas, _ in planned])
+    plans = plan_instances(planned, rule, teams, config.k2_muon_wave_bytes)
+    for (instance, expert, name, replicas, parameters), plan in zip(found, plans, strict=True):
+        group = k2_groups.get(name) if len(replicas.members) > 1 else None
+        attach(
+            instance, parameters, plan, replicas, group, (wire, narrow), None if expert else clip
+        )
+
+
+def _teams(replicas: Sequence[Replicas]) -> list[int]:
+    """Return for each member of the dense instance which experts' replicas it belongs to.
+
+    Collective: over the dense instance's members.
+    """
+    dense, *expert = replicas
+    own = min(expert[0].members) if expert else 0
+    if not expert or len(dense.members) == 1:
+        return [own] * len(dense.members)
+    group = k2_groups.get("optimizer_exchange")
+    found: list[int] = [0] * group.size()
+    torch.distributed.all_gather_object(found, own, group=group)
+    by_rank = dict(zip(torch.distributed.get_process_group_ranks(group), found, strict=True))
+    return [by_rank[rank] for rank in dense.members]
+
+
+def plan_instances(
+    instances: Sequence[tuple[Replicas, Sequence[ShardedParameter]]],
+    rule: UpdateRule,
+    teams: Sequence[int],
+    wave_bytes: int = MAX_WAVE_BYTES,
+) -> list[HomePlan]:
+    """Plan the dense instance, then the experts', so that a rank's work is balanced over both.
+
+    Args:
+        instances: who shares which parameters: the dense instance and, where experts have
+            process groups of their own, theirs.
+        rule: for the work of a matrix.
+        teams: of each dense member: equal for those that share the same experts.
+        wave_bytes: see ``plan_homes``.
+    """
+    (dense, dense_parameters), *rest = instances
+    tensor_parallel_size = len(dense.ranks)
+    if not rest:
+        return [
+            plan_homes(dense_parameters, rule.flops, tensor_parallel_size, wave_bytes=wave_bytes)
+        ]
+    expert, expert_parameters = rest[0]
+    dense_total, dense_largest = total_work(dense_parameters, rule)
+    expert_total, expert_largest = total_work(expert_parameters, rule)
+    members, share = len(dense.members), expert_total / len(expert.members)
+    limit = work_limit(dense_total + share * members, members, max(dense_largest, expert_largest))
+    dense_plan = plan_homes(
+        dense_parameters,
+        rule.flops,
+        tensor_parallel_size,
+        [share] * members,
+        limit,
+        teams,
+        wave_bytes,
+    )
+    load = dict(zip(dense.members, dense_plan.work_flops, strict=True))
+    expert_plan = plan_homes(
+        expert_parameters,
+        rule.flops,
+        len(expert.ranks),
+        [load[rank] for rank in expert.members],
+        limit,
+        wave_bytes=wave_bytes,
+    )
+    return [dense_plan, expert_plan]
+
+
+def _clip(
+    config: MuonClipConfig, model_chunks: Chunks, instance: MuonClipInstance
+) -> QKClip | None:
+    """Return QK-Clip over this rank's layers, or None for a stage without attention."""
+    model_config = get_model_config(model_chunks[0])
+    if not getattr(model_config, "k2_max_attention_logit", False):
+        raise ValueError("--k2-qk-clip needs the record of --k2-max-attention-logit")
+    if not 0 < config.qk_clip_alpha < 1:
+        raise ValueError(f"--qk-clip-alpha {config.qk_clip_alpha} must lie between 0 and 1")
+    owned = {id(p): (shard, start) for p, shard, start in instance.parameter_shards()}
+    rows, layer, recording = [], 0, []
+    for chunk in model_chunks:
+        attentions = recording_attentions(chunk)
+        if attentions:
+            recording.append(chunk)
+        for attention in attentions:
+            for weight, factors in _clipped_weights(attention, model_config, config.qk_clip_alpha):
+                if id(weight) in owned:
+                    shard, start = owned[id(weight)]
+                    rows.append(ClippedRows(layer, shard, start, weight.shape[1], factors))
+            layer += 1
+    if not recording:
+        return None
+
+    def record() -> torch.Tensor:
+        return torch.cat([bind_max_logit_buffer(chunk) for chunk in recording])
+
+    return QKClip(config.qk_clip_threshold, rows, record, k2_groups.get("max_logit"))
+
+
+def _clipped_weights(attention: Any, config: Any, alpha: float) -> list[tuple[Any, Any]]:
+    """Return the projections of one attention layer that the clip shrinks, with their factors."""
+    if not config.multi_latent_attention:
+        groups = attention.num_query_groups_per_partition
+        factors = partial(
+            fused_row_factors, num_query_groups=groups, kv_channels=config.kv_channels, alpha=alpha
+        )
+        return [(attention.linear_qkv.weight, factors)]
+    query = attention.linear_q_proj if config.q_lora_rank is None else attention.linear_q_up_proj
+    content, rotary, value = config.qk_head_dim, config.qk_pos_emb_head_dim, config.v_head_dim
+    return [
+        (
+            query.weight,
+            partial(
+                query_row_factors, qk_head_dim=content, qk_pos_emb_head_dim=rotary, alpha=alpha
+            ),
+        ),
+        (
+            attention.linear_kv_up_proj.weight,
+            partial(key_value_row_factors, qk_head_dim=content, v_head_dim=value, alpha=alpha),
+        ),
+    ]

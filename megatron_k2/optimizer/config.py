@@ -1,0 +1,118 @@
+"""MuonClip's configuration: Megatron's ``OptimizerConfig`` and what upstream has no field for.
+
+Upstream's fields keep their meaning (``muon_momentum``, ``muon_coefficient_type``, ``adam_beta1``,
+...); defaults are Kimi K2's where upstream's differ, each with its source. Ours begin with ``k2_``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from megatron.core.optimizer import OptimizerConfig
+
+from megatron_k2.optimizer.coefficients import coefficient_schedule
+from megatron_k2.optimizer.directions import Orthogonaliser, UpdateRule
+from megatron_k2.optimizer.homes import MAX_WAVE_BYTES
+from megatron_k2.optimizer.matrices import Split
+from megatron_k2.optimizer.rules import load_rule, register_rule
+
+NAME = "muonclip"
+
+K2_DEFAULTS: dict[str, Any] = {
+    # Kimi K2 (arXiv 2507.20534, section 2.5) and Moonlight (arXiv 2502.16982, section 2).
+    "weight_decay": 0.1,
+    "muon_momentum": 0.95,
+    "muon_nesterov": True,
+    "muon_coefficient_type": "kimi",
+    "muon_num_ns_steps": None,  # as many as the coefficient set has; the kimi set five
+    "muon_extra_scale_factor": 0.2,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.95,
+}
+"""Values laid under the flags of a run with ``--optimizer muonclip``."""
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass
+class MuonClipConfig(OptimizerConfig):
+    """Configuration of ``--optimizer muonclip``.
+
+    Attributes:
+        k2_muon_rule: update rule, see ``rules.py``.
+        k2_muon_split: what one matrix of the MLA up-projections is: ``whole``, ``part``, ``head``.
+        k2_muon_dtype: of Newton-Schulz products; None follows ``muon_fp32_matmul_prec``.
+        k2_muon_wire: number format of what travels to a home: fp32, or bf16 for half the bytes.
+        k2_muon_momentum: number format of the momentum between steps: fp32 or bf16.
+        k2_muon_wave_bytes: cap of a wave of travelling matrices, see ``homes.py``.
+        k2_qk_clip: apply QK-Clip at the end of the step.
+        qk_clip_threshold, qk_clip_alpha: tau and the query's share, as upstream.
+    """
+
+    optimizer: str = NAME
+    weight_decay: float = 0.1
+    adam_beta2: float = 0.95
+    use_distributed_optimizer: bool = True
+    muon_nesterov: bool = True
+    muon_coefficient_type: str = "kimi"
+    muon_num_ns_steps: int | None = None  # type: ignore[assignment]
+    muon_extra_scale_factor: float = 0.2
+    k2_muon_rule: str = "muon"
+    k2_muon_split: Split = "whole"
+    k2_muon_dtype: str | None = None
+    k2_muon_wire: str = "fp32"
+    k2_muon_momentum: str = "fp32"
+    k2_muon_wave_bytes: int = MAX_WAVE_BYTES
+    k2_qk_clip: bool = True
+    qk_clip_threshold: float = 100.0
+    qk_clip_alpha: float = 0.5
+
+    @classmethod
+    def from_args(cls, config: OptimizerConfig, args: Any) -> MuonClipConfig:
+        """Return the configuration of a run: upstream's fields, and ours from the arguments."""
+        values = {one.name: getattr(config, one.name) for one in fields(OptimizerConfig)}
+        for one in fields(cls):
+            if one.name not in values and hasattr(args, one.name):
+                values[one.name] = getattr(args, one.name)
+        return cls(**{**values, "optimizer": NAME})
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of Newton-Schulz products; upstream's ``high`` and ``highest`` are fp32."""
+        if self.k2_muon_dtype is not None:
+            return _DTYPES[self.k2_muon_dtype]
+        return torch.float32 if "high" in self.muon_fp32_matmul_prec else torch.bfloat16
+
+    @property
+    def wire_dtype(self) -> torch.dtype:
+        """Of pieces on their way to a home."""
+        return _DTYPES[self.k2_muon_wire]
+
+    @property
+    def momentum_dtype(self) -> torch.dtype:
+        """Of Muon's state."""
+        return _DTYPES[self.k2_muon_momentum]
+
+    def update_rule(self) -> UpdateRule:
+        """Return the update rule.
+
+        Raises:
+            ValueError: an unknown rule, coefficient set or scale mode.
+        """
+        return load_rule(self.k2_muon_rule)(self)
+
+
+@register_rule("muon")
+def muon_rule(config: MuonClipConfig) -> UpdateRule:
+    """Return Muon's own rule (Jordan et al. 2024) as the configuration has it."""
+    modes = ("spectral", "unit_rms_norm", "shape_scaling")
+    if config.muon_scale_mode not in modes:
+        raise ValueError(f"--muon-scale-mode {config.muon_scale_mode!r} is not one of {modes}")
+    return Orthogonaliser(
+        coefficients=coefficient_schedule(config.muon_coefficient_type, config.muon_num_ns_steps),
+        compute_dtype=config.compute_dtype,
+        rms_factor=config.muon_extra_scale_factor,
+        scale_mode=config.muon_scale_mode,  # type: ignore[arg-type]
+    )

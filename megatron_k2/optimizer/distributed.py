@@ -1,0 +1,200 @@
+"""MuonClip as the inner optimizer of Megatron's distributed optimizer.
+
+Buckets, reduce-scatter, parameter all-gather, main parameters, gradient clipping and FP8 gather
+stay upstream's; what is here hands ``MuonClip`` its flat shards with a plan of homes derived from
+``buffer.param_index_map``, and saves state by name (``state.py``). Dense and expert parameters are
+two instances, as upstream has them, planned together. Megatron-core 0.19.2,
+``core/optimizer/distrib_optimizer.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+from torch import Tensor
+
+from megatron_k2.max_logit import reset_max_logits
+from megatron_k2.optimizer.directions import UpdateRule
+from megatron_k2.optimizer.exchange import Exchange
+from megatron_k2.optimizer.geometry import Sharding
+from megatron_k2.optimizer.homes import HomePlan, ShardedParameter
+from megatron_k2.optimizer.matrices import Rule, assign
+from megatron_k2.optimizer.muonclip import MuonClip
+from megatron_k2.optimizer.state import OptimizerState
+
+
+class MuonClipInstance(DistributedOptimizer):  # type: ignore[misc]
+    """Upstream's distributed optimizer around a ``MuonClip``; arguments as upstream's."""
+
+    optimizer: MuonClip
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear gradients, and the record of logits that a skipped step left."""
+        super().zero_grad(set_to_none)
+        if not self.is_stub_optimizer and self.optimizer.clip is not None:
+            for chunk in self.model_chunks:
+                reset_max_logits(chunk)
+
+    @property
+    def optimizer_state_keys(self) -> tuple[str, ...]:
+        """Refuse: shards differ in their state, so upstream's formats do not fit."""
+        raise RuntimeError("MuonClip saves by name: use --ckpt-format torch_dist")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is not a tensor: parameter groups with their step, and the loss scaler."""
+        groups = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in self.optimizer.param_groups
+        ]
+        state: dict[str, Any] = {"optimizer": {"param_groups": groups}}
+        if self.grad_scaler:
+            state["grad_scaler"] = self.grad_scaler.state_dict()
+        return state
+
+    def parameter_shards(self) -> Iterator[tuple[torch.nn.Parameter, Tensor, int]]:
+        """Yield each model parameter of which this rank has a shard, the shard and its start."""
+        for ranges in self.gbuf_ranges:
+            for buckets in ranges.values():
+                for bucket in buckets:
+                    for parameter, place in bucket["param_map"].items():
+                        yield parameter, self.shard_of(parameter), place["param"].start
+
+    def shard_of(self, parameter: torch.nn.Parameter) -> Tensor:
+        """Return this rank's fp32 shard of a model parameter."""
+        group, order = self.model_param_group_index_map[parameter]
+        shard: Tensor = self.optimizer.param_groups[group]["params"][order]
+        return shard
+
+
+class MuonClipOptimizer(ChainedOptimizer):  # type: ignore[misc]
+    """Dense and expert instances as one optimizer, whose state does not depend on the layout."""
+
+    chained_optimizers: list[MuonClipInstance]
+
+    @property
+    def instances(self) -> list[MuonClipInstance]:
+        """The instances that have parameters on this rank."""
+        return [one for one in self.chained_optimizers if not one.is_stub_optimizer]
+
+    def sharded_state_dict(
+        self, model_sharded_state_dict: Any, is_loading: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Return the state by parameter name, whatever the layout (``state.py``)."""
+        self.loading = OptimizerState(self.instances, model_sharded_state_dict)
+        return self.loading.sharded_state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``sharded_state_dict(is_loading=True)`` was filled with."""
+        self.loading.load_state_dict(state_dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is not a tensor."""
+        return {"groups": [one.state_dict() for one in self.instances]}
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """The ranks that share one instance's flat layout.
+
+    Attributes:
+        ranks: global ranks [tensor parallel][data parallel].
+        tensor_parallel_rank, data_parallel_rank: of this process.
+    """
+
+    ranks: tuple[tuple[int, ...], ...]
+    tensor_parallel_rank: int
+    data_parallel_rank: int
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """Global rank of each member, in the order of ``geometry.Piece.member``."""
+        return tuple(rank for ranks in self.ranks for rank in ranks)
+
+    @property
+    def member(self) -> int:
+        """This process's."""
+        return self.tensor_parallel_rank * len(self.ranks[0]) + self.data_parallel_rank
+
+
+def names_of(model_chunks: Sequence[torch.nn.Module]) -> dict[torch.nn.Parameter, str]:
+    """Return each parameter's name, without wrappers and, of several chunks, with its chunk's."""
+    found: dict[torch.nn.Parameter, str] = {}
+    for index, chunk in enumerate(model_chunks):
+        prefix = f"chunk{index}." if len(model_chunks) > 1 else ""
+        for name, parameter in chunk.named_parameters():
+            found[parameter] = prefix + name.replace("module.", "")
+    return found
+
+
+def muon_parameters(
+    instance: MuonClipInstance,
+    names: dict[torch.nn.Parameter, str],
+    rules: Sequence[Rule],
+    tensor_parallel_size: int,
+) -> list[tuple[torch.nn.Parameter, ShardedParameter]]:
+    """Return the parameters under Muon, in the order of the buffers, with everybody's ranges."""
+    found = []
+    for buffer in instance.buffers:
+        num_shards = buffer.data_parallel_group.size()
+        for parameter, (start, stop, bucket_id) in buffer.param_index_map.items():
+            rule = assign(names[parameter], parameter.shape, rules).rule
+            if rule.algorithm != "muon":
+                continue
+            bucket = buffer.buckets[bucket_id]
+            size = bucket.grad_data.numel() // num_shards
+            ranges = shard_ranges(start - bucket.offset, stop - bucket.offset, size, num_shards)
+            dim = None
+            if tensor_parallel_size > 1 and getattr(parameter, "tensor_model_parallel", False):
+                dim = parameter.partition_dim - (parameter.ndim - 2)  # type: ignore[attr-defined]
+            sharding = Sharding(tensor_parallel_size, dim)
+            shape = tuple(parameter.shape)
+            one = ShardedParameter(names[parameter], shape, rule.cut, sharding, ranges)
+            found.append((parameter, one))
+    return found
+
+
+def shard_ranges(
+    start: int, stop: int, shard_numel: int, num_shards: int
+) -> tuple[tuple[int, int], ...]:
+    """Return the range of a parameter at [start, stop) of a bucket that lies in each shard."""
+    found = []
+    for shard in range(num_shards):
+        first = max(start, shard * shard_numel) - start
+        last = min(stop, (shard + 1) * shard_numel) - start
+        found.append((first, last) if first < last else (0, 0))
+    return tuple(found)
+
+
+def attach(
+    instance: MuonClipInstance,
+    parameters: Sequence[tuple[torch.nn.Parameter, ShardedParameter]],
+    plan: HomePlan,
+    replicas: Replicas,
+    group: torch.distributed.ProcessGroup | None,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    clip: Callable[[MuonClipInstance], Any] | None = None,
+) -> None:
+    """Give an instance's ``MuonClip`` its shards, plan and clip."""
+    wire, reply = dtypes
+    device = instance.buffers[0].buckets[0].grad_data.device
+    exchange = Exchange(plan, replicas.member, replicas.members, group, wire, reply, device)
+    owned = instance.model_param_group_index_map
+    shards = [instance.shard_of(p) if p in owned else None for p, _ in parameters]
+    instance.optimizer.attach(exchange, shards, clip(instance) if clip is not None else None)
+
+
+def total_work(parameters: Sequence[ShardedParameter], rule: UpdateRule) -> tuple[float, float]:
+    """Return the work of all logical matrices of some parameters, and of the largest one."""
+    from megatron_k2.optimizer.geometry import logical_matrices
+
+    work = [
+        rule.flops(matrix.rows, matrix.columns)
+        for index, one in enumerate(parameters)
+        for matrix in logical_matrices(index, one.shape, one.cut, one.sharding)
+    ]
+    return sum(work), max(work, default=0.0)

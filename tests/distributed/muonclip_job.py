@@ -1,0 +1,200 @@
+"""MuonClip's real optimizer under one layout, with gradients and logits given by name.
+
+``steps`` builds a preset through Megatron's own builder and DDP, the optimizer through
+``get_megatron_optimizer``, and fills main gradients (as if they had just been reduced) and recorded
+logits from tensors that depend on the parameter's name and the step alone. Gradient norms, whose
+sum order depends on the layout, are injected. What it returns are the pieces of every state tensor
+that this rank holds, with their places in the whole one.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.utils import unwrap_model
+from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+
+from megatron_k2.max_logit import bind_max_logit_buffer, recording_attentions
+from megatron_k2.model.specs import get_k2_decoder_block_spec
+from megatron_k2.optimizer.config import MuonClipConfig
+from megatron_k2.optimizer.state import OptimizerState, _tensors
+from megatron_k2.presets import load_preset
+from tests.distributed.training_job import initialize, preset_config
+
+INJECTED_NORM = 3.0
+THRESHOLD = 60.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one job does."""
+
+    layout: dict[str, Any] = field(default_factory=dict)
+    first_step: int = 0
+    num_steps: int = 20
+    bf16: bool = False
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    """Fields of MuonClipConfig."""
+    bucket_size: int | None = None
+    load: str = ""
+    save: str = ""
+    clip: bool = True
+
+
+def whole_tensor(key: str, shape: tuple[int, ...], what: int) -> torch.Tensor:
+    """Return the whole tensor of a name: ``what`` is a step, or -1 for the initial weights."""
+    generator = torch.Generator().manual_seed(zlib.crc32(key.encode()) + 7919 * (what + 1))
+    values = torch.randn(shape, generator=generator)
+    return values * (0.02 if what < 0 else 1e-3) + (1.0 if what < 0 and "norm" in key else 0.0)
+
+
+def boxes(
+    model: list[Any],
+) -> Iterator[tuple[torch.nn.Parameter, int, str, Any, tuple[slice, ...]]]:
+    """Yield (parameter, where in it, name, whole shape, place in the whole) of contiguous boxes."""
+    for chunk in unwrap_model(model):
+        described, _ = extract_sharded_tensors_and_factories(chunk.sharded_state_dict(metadata={}))
+        metadata = {id(one.data): one for one in nested_values(described)}
+        for parameter in chunk.parameters():
+            for part, begin in _tensors(metadata[id(parameter)], parameter):
+                extent = (*[1] * part.prepend_axis_num, *part.data.shape)
+                place = tuple(
+                    slice(offset, offset + size)
+                    for offset, size in zip(part.global_offset, extent, strict=True)
+                )
+                yield parameter, begin, part.key, part.global_shape, place
+
+
+def build(run: Run, groups: Any) -> tuple[list[Any], Any]:
+    """Build this rank's chunks and MuonClip."""
+    dtype = torch.bfloat16 if run.bf16 else torch.float32
+    pipeline = run.layout.get("pipeline_model_parallel_size", 1)
+    virtual = run.layout.get("virtual_pipeline_model_parallel_size")
+    config = preset_config(
+        "k2-micro", bf16=run.bf16, params_dtype=dtype, pipeline_dtype=dtype,
+        overlap_p2p_comm=pipeline > 1 and virtual is not None, batch_p2p_comm=virtual is None,
+        **run.layout,
+    )  # fmt: skip
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=True, bucket_size=run.bucket_size,
+        overlap_grad_reduce=run.bucket_size is not None,
+    )  # fmt: skip
+    model_config = GPTModelConfig(
+        transformer=config, transformer_layer_spec=get_k2_decoder_block_spec,
+        vocab_size=int(load_preset("k2-micro").value("vocab_size")),  # type: ignore[call-overload]
+        seq_length=64, position_embedding_type="rope",
+    )  # fmt: skip
+    model = GPTModelBuilder(model_config).build_distributed_models(
+        groups, ddp, data_parallel_random_init=False
+    )
+    fields = dict(
+        lr=0.02, clip_grad=1.0, bf16=run.bf16, params_dtype=dtype, qk_clip_threshold=THRESHOLD,
+        muon_fp32_matmul_prec="high", k2_qk_clip=run.clip,
+    ) | run.optimizer  # fmt: skip
+    return model, get_megatron_optimizer(MuonClipConfig(**fields), model)
+
+
+@torch.no_grad()
+def fill_gradients(model: list[Any], step: int) -> None:
+    """Write the step's whole gradients into this rank's main gradients."""
+    for parameter, begin, key, shape, place in boxes(model):
+        piece = whole_tensor(key, shape, step)[place]
+        parameter.main_grad.view(-1)[begin : begin + piece.numel()] = piece.reshape(-1)
+
+
+def fill_logits(model: list[Any], groups: Any, step: int) -> None:
+    """Write recorded logits: of each head one data-parallel rank has the largest."""
+    heads = groups.tp.size()
+    for chunk in model:
+        buffer = bind_max_logit_buffer(chunk)
+        for row, attention in zip(buffer, recording_attentions(chunk), strict=True):
+            whole = whole_tensor(f"logits{attention.layer_number}", (len(row) * heads,), step)
+            whole = 5e4 * whole + 20
+            mine = whole.chunk(heads)[groups.tp.rank()]
+            owner = (torch.arange(len(row)) + step) % groups.dp_cp.size()
+            row.copy_(torch.where(owner == groups.dp_cp.rank(), mine, mine.clamp(max=0) - 1))
+
+
+def steps(run: dict[str, Any]) -> dict[str, Any]:
+    """Run ``Run(**run)``; return pieces [(name, place, array)] and counts."""
+    job = Run(**run)
+    groups = initialize(job.layout)
+    model, optimizer = build(job, groups)
+    with torch.no_grad():
+        for parameter, begin, key, shape, place in boxes(model):
+            piece = whole_tensor(key, shape, -1)[place]
+            parameter.view(-1)[begin : begin + piece.numel()] = piece.reshape(-1)
+    optimizer.reload_model_params()
+    optimizer.get_grad_norm = lambda: INJECTED_NORM
+    if job.load:
+        load(job.load, model, optimizer)
+    for step in range(job.first_step, job.first_step + job.num_steps):
+        optimizer.zero_grad()
+        fill_gradients(model, step)
+        fill_logits(model, groups, step)
+        successful, norm, _ = optimizer.step()
+        assert successful and norm == INJECTED_NORM
+    if job.save:
+        save(job.save, model, optimizer)
+    return {"pieces": state_pieces(model, optimizer), "weights": weights(model)}
+
+
+def _state_dicts(model: list[Any], optimizer: Any, *, loading: bool) -> dict[str, Any]:
+    whole: dict[str, Any] = {}
+    for index, chunk in enumerate(unwrap_model(model)):
+        whole[f"model{index}"] = chunk.sharded_state_dict(metadata={})
+    state = optimizer.sharded_state_dict(whole, is_loading=loading)
+    return {**whole, "optimizer": state}
+
+
+def save(path: str, model: list[Any], optimizer: Any) -> None:
+    """Save weights and state. Collective."""
+    dist_checkpointing.save(_state_dicts(model, optimizer, loading=False), path)
+
+
+def load(path: str, model: list[Any], optimizer: Any) -> None:
+    """Load what another layout saved. Collective."""
+    loaded = dist_checkpointing.load(_state_dicts(model, optimizer, loading=True), path)
+    for index, chunk in enumerate(unwrap_model(model)):
+        chunk.load_state_dict(loaded[f"model{index}"], strict=True)
+    optimizer.load_state_dict(loaded["optimizer"])
+
+
+def state_pieces(model: list[Any], optimizer: Any) -> list[tuple[str, Any, Any, Any]]:
+    """Return (key, whole shape, offset, array) of every piece of state that this rank holds."""
+    described = [chunk.sharded_state_dict(metadata={}) for chunk in unwrap_model(model)]
+    state = OptimizerState(optimizer.instances, described)
+    return [
+        (key, one.global_shape, (one.global_offset, one.local_shape), one.data.float().numpy())
+        for key, some in state.tensors.items()
+        for one in some
+    ]
+
+
+def weights(model: list[Any]) -> list[tuple[str, Any, Any, Any]]:
+    """Return the model's own weights in the same form."""
+    return [
+        (
+            f"weight.{key}",
+            shape,
+            (tuple(s.start for s in place), tuple(s.stop - s.start for s in place)),
+            parameter.detach().float().view(-1)[begin : begin + _numel(place)].numpy(),
+        )
+        for parameter, begin, key, shape, place in boxes(model)
+    ]
+
+
+def _numel(place: tuple[slice, ...]) -> int:
+    count = 1
+    for one in place:
+        count *= one.stop - one.start
+    return count
