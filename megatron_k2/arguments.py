@@ -21,6 +21,20 @@ from megatron_k2.presets import Preset, list_presets, load_preset
 
 SPEC = ("megatron_k2.model.specs", "get_k2_decoder_block_spec")
 
+MUONCLIP = "muonclip"
+MUONCLIP_DEFAULTS: dict[str, Any] = {
+    # Kimi K2 (arXiv 2507.20534, section 2.5) and Moonlight (arXiv 2502.16982, section 2).
+    "weight_decay": 0.1,
+    "muon_momentum": 0.95,
+    "muon_nesterov": True,
+    "muon_coefficient_type": "kimi",
+    "muon_num_ns_steps": None,  # as many as the coefficient set has; the kimi set five
+    "muon_extra_scale_factor": 0.2,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.95,
+}
+"""Laid under the flags of a run with ``--optimizer muonclip``; upstream's are another recipe's."""
+
 # What Megatron asks of CUDA by default and the host has not: the extension or kernel named by each.
 _HOST_DEFAULTS: dict[str, Any] = {
     "distributed_backend": "gloo",
@@ -67,6 +81,9 @@ def add_k2_args(
     _add_run_args(group)
     _add_model_args(group)
     _add_yarn_args(group)
+    _add_optimizer_args(parser)
+    if device.flag_value("--optimizer", argv) == MUONCLIP:
+        parser.set_defaults(**MUONCLIP_DEFAULTS)
     parser.error = _refuse_arguments  # type: ignore[method-assign]
     explicit = _explicit_destinations(parser, argv)
     # Upstream divides by the evaluation interval and gives it no default; 1000 is its old one.
@@ -166,6 +183,62 @@ def _add_yarn_args(group: Any) -> None:
     )
 
 
+def _add_optimizer_args(parser: argparse.ArgumentParser) -> None:
+    """Add ``muonclip`` to the optimizers, and its flags; fields of ``MuonClipConfig``."""
+    action = parser._option_string_actions["--optimizer"]
+    action.choices = [*(action.choices or ()), MUONCLIP]
+    group = parser.add_argument_group(
+        title="k2-muonclip",
+        description="--optimizer muonclip: Muon with QK-Clip over ZeRO-1 shards. Also read: "
+        "--muon-momentum, --muon-coefficient-type (kimi, polar_express, quintic, deepseek_v4), "
+        "--muon-num-ns-steps, --muon-extra-scale-factor, --muon-scale-mode, --adam-*, "
+        "--qk-clip-threshold, --qk-clip-alpha.",
+    )
+    group.add_argument(
+        "--k2-qk-clip",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Shrink the query and key rows of heads whose logits exceed --qk-clip-threshold.",
+    )
+    group.add_argument(
+        "--k2-muon-split",
+        choices=("whole", "part", "head"),
+        default="whole",
+        help="One matrix of the MLA up-projections: the stored one (the reports), each part, or "
+        "each head's part.",
+    )
+    group.add_argument(
+        "--k2-muon-rule",
+        default="muon",
+        metavar="[MODULE:]NAME",
+        help="Update rule; one of your own by its module (megatron_k2/optimizer/rules.py).",
+    )
+    group.add_argument(
+        "--k2-muon-dtype",
+        choices=("bf16", "fp16", "fp32"),
+        help="Number format of Newton-Schulz products; --muon-fp32-matmul-prec if not given.",
+    )
+    group.add_argument(
+        "--k2-muon-wire",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="Number format of matrix pieces sent to the rank that orthogonalises them.",
+    )
+    group.add_argument(
+        "--k2-muon-momentum",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="Number format of the momentum between steps.",
+    )
+    group.add_argument(
+        "--k2-muon-wave-bytes",
+        type=int,
+        default=256 << 20,
+        metavar="BYTES",
+        help="Cap of what a rank holds at once of matrices that travel, beside its shards.",
+    )
+
+
 def validate_k2_args(args: argparse.Namespace) -> None:
     """Refuse contradictions before Megatron's own checks, and set what they need.
 
@@ -196,6 +269,7 @@ def validate_k2_args(args: argparse.Namespace) -> None:
             args.async_strategy = "mcore"
     _validate_layers(args)
     _validate_experts(args)
+    _validate_muonclip(args)
     check_data_files(args)
     try:
         validate_layout(args)
@@ -236,8 +310,32 @@ def _validate_experts(args: argparse.Namespace) -> None:
         )
 
 
+def _validate_muonclip(args: argparse.Namespace) -> None:
+    """Check MuonClip's flags, and let upstream's validation see what it is: Adam's ZeRO-1."""
+    args.k2_is_muonclip = args.optimizer == MUONCLIP
+    if not args.k2_is_muonclip:
+        return
+    if args.k2_muon_wave_bytes < 1:
+        raise UsageError(f"--k2-muon-wave-bytes {args.k2_muon_wave_bytes} must be at least 1")
+    if args.k2_qk_clip and not args.k2_max_attention_logit:
+        raise UsageError("--no-k2-max-attention-logit leaves --k2-qk-clip blind; --no-k2-qk-clip")
+    if args.ckpt_format != "torch_dist":
+        raise UsageError(f"--ckpt-format {args.ckpt_format}: muonclip saves torch_dist only")
+    if "muon_tp_mode" in args.k2_explicit:
+        raise UsageError(
+            f"--muon-tp-mode {args.muon_tp_mode}: muonclip always orthogonalises whole matrices, "
+            "under any tensor parallelism; leave the flag out"
+        )
+    args.optimizer = "adam"
+    args.use_distributed_optimizer = True
+    args.dist_ckpt_optim_fully_reshardable = True
+    args.qk_clip = False  # upstream's, which needs Transformer Engine; ours is in the step
+
+
 def finish_k2_args(args: argparse.Namespace) -> None:
     """Set what follows from the validated arguments."""
+    if args.k2_is_muonclip:
+        args.optimizer = MUONCLIP
     args.delay_wgrad_compute = args.k2_delay_wgrad_compute
     # Upstream ties its logging of the maximum logit to Transformer Engine >= 2.9; ours needs none.
     args.k2_te_max_attention_logit = bool(args.log_max_attention_logit)

@@ -1,7 +1,8 @@
 """MuonClip's configuration: Megatron's ``OptimizerConfig`` and what upstream has no field for.
 
 Upstream's fields keep their meaning (``muon_momentum``, ``muon_coefficient_type``, ``adam_beta1``,
-...); defaults are Kimi K2's where upstream's differ, each with its source. Ours begin with ``k2_``.
+...); defaults are Kimi K2's where upstream's differ (``arguments.MUONCLIP_DEFAULTS`` has sources).
+Ours begin with ``k2_`` and have a flag of the same name.
 """
 
 from __future__ import annotations
@@ -12,26 +13,12 @@ from typing import Any
 import torch
 from megatron.core.optimizer import OptimizerConfig
 
+from megatron_k2.arguments import MUONCLIP as NAME
 from megatron_k2.optimizer.coefficients import coefficient_schedule
 from megatron_k2.optimizer.directions import Orthogonaliser, UpdateRule
 from megatron_k2.optimizer.homes import MAX_WAVE_BYTES
 from megatron_k2.optimizer.matrices import Split
 from megatron_k2.optimizer.rules import load_rule, register_rule
-
-NAME = "muonclip"
-
-K2_DEFAULTS: dict[str, Any] = {
-    # Kimi K2 (arXiv 2507.20534, section 2.5) and Moonlight (arXiv 2502.16982, section 2).
-    "weight_decay": 0.1,
-    "muon_momentum": 0.95,
-    "muon_nesterov": True,
-    "muon_coefficient_type": "kimi",
-    "muon_num_ns_steps": None,  # as many as the coefficient set has; the kimi set five
-    "muon_extra_scale_factor": 0.2,
-    "adam_beta1": 0.9,
-    "adam_beta2": 0.95,
-}
-"""Values laid under the flags of a run with ``--optimizer muonclip``."""
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

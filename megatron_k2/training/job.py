@@ -107,7 +107,7 @@ class Job:
         return [
             *self._model_arguments(),
             *("--expert-model-parallel-size", str(NUM_PROCESSES)),
-            "--use-distributed-optimizer",
+            *("--optimizer", "muonclip", "--use-distributed-optimizer"),
             *("--micro-batch-size", str(settings.micro_batch_size)),
             *("--global-batch-size", str(settings.global_batch_size)),
             *("--train-data-path", str(self.tokens / "train")),
