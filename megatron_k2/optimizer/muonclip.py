@@ -158,7 +158,7 @@ class MuonClip(torch.optim.Optimizer):
         """
         self.exchange, self.shards, self.clip = exchange, list(shards), clip
         self._group_of = {id(p): group for group in self.param_groups for p in group["params"]}
-        self.stacks = _stacks(exchange, self.max_batch_bytes)
+        self.stacks = list(_stacks(exchange, self.max_batch_bytes))
         for group in self.param_groups:
             for parameter in group["params"]:
                 self.init_state(parameter, group)
@@ -317,12 +317,8 @@ class MuonClip(torch.optim.Optimizer):
             parameter.add_(mean.div_(root).to(parameter.dtype), alpha=-group["lr"])
 
 
-def _stacks(exchange: Exchange, max_batch_bytes: int) -> list[Stack]:
-    """Return the matrices that stay here, joined where they lie evenly spaced."""
-    return list(_joined(exchange, max_batch_bytes))
-
-
-def _joined(exchange: Exchange, max_batch_bytes: int) -> Iterator[Stack]:
+def _stacks(exchange: Exchange, max_batch_bytes: int) -> Iterator[Stack]:
+    """Yield the matrices that stay here, joined where they lie evenly spaced."""
     plan, member = exchange.plan, exchange.member
     kinds: dict[tuple[int, int, int, int], list[LogicalMatrix]] = {}
     for placed in plan.matrices:
@@ -332,6 +328,7 @@ def _joined(exchange: Exchange, max_batch_bytes: int) -> Iterator[Stack]:
                 one
             )
     for (parameter, rows, columns, _), matrices in kinds.items():
+        matrices.sort(key=lambda one: one.runs.start)
         ranges = plan.parameters[parameter].ranges
         offset = ranges[member % len(ranges)][0]
         largest = max(1, max_batch_bytes // (4 * rows * columns))

@@ -22,6 +22,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.utils import unwrap_model
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_k2.max_logit import bind_max_logit_buffer, recording_attentions
 from megatron_k2.model.specs import get_k2_decoder_block_spec
@@ -30,6 +31,9 @@ from megatron_k2.optimizer.state import OptimizerState, _tensors
 from megatron_k2.presets import load_preset
 from tests.distributed.training_job import initialize, preset_config
 
+_REDUCTIONS = {
+    int(op): name for name, op in torch.distributed.ReduceOp.RedOpType.__members__.items()
+}
 INJECTED_NORM = 3.0
 THRESHOLD = 60.0
 
@@ -48,6 +52,38 @@ class Run:
     load: str = ""
     save: str = ""
     clip: bool = True
+    zero_logits: bool = False
+    """Leave the record empty, as after a step that saw no token."""
+
+
+class Counted:
+    """An update rule that counts the matrices it is given, by shape."""
+
+    def __init__(self, rule: Any) -> None:
+        self.rule, self.scale, self.flops = rule, rule.scale, rule.flops
+        self.count = 0
+
+    def __call__(self, momenta: torch.Tensor) -> torch.Tensor:
+        """Count and pass on."""
+        self.count += len(momenta)
+        return self.rule(momenta)  # type: ignore[no-any-return]
+
+
+class Collectives(TorchDispatchMode):
+    """Logs what torch.distributed is asked for, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Log and pass on."""
+        if func.namespace == "c10d":
+            name = func._schema.name.removeprefix("c10d::")
+            if name == "allreduce_":
+                name += f" {_REDUCTIONS[int(args[2].op())]}"
+            self.log.append(name)
+        return func(*args, **(kwargs or {}))
 
 
 def whole_tensor(key: str, shape: tuple[int, ...], what: int) -> torch.Tensor:
@@ -137,15 +173,30 @@ def steps(run: dict[str, Any]) -> dict[str, Any]:
     optimizer.get_grad_norm = lambda: INJECTED_NORM
     if job.load:
         load(job.load, model, optimizer)
+    counted = []
+    for instance in optimizer.instances:
+        instance.optimizer.rule = Counted(instance.optimizer.rule)
+        counted.append(instance.optimizer.rule)
+    collectives = Collectives()
     for step in range(job.first_step, job.first_step + job.num_steps):
         optimizer.zero_grad()
         fill_gradients(model, step)
-        fill_logits(model, groups, step)
-        successful, norm, _ = optimizer.step()
+        if not job.zero_logits:
+            fill_logits(model, groups, step)
+        with collectives:
+            successful, norm, _ = optimizer.step()
         assert successful and norm == INJECTED_NORM
     if job.save:
         save(job.save, model, optimizer)
-    return {"pieces": state_pieces(model, optimizer), "weights": weights(model)}
+    exchanges = [instance.optimizer.exchange for instance in optimizer.instances]
+    return {
+        "pieces": state_pieces(model, optimizer),
+        "weights": weights(model),
+        "matrices": sum(one.count for one in counted),
+        "collectives": collectives.log,
+        "sent_bytes": sum(one.sent_bytes for one in exchanges),
+        "planned_numel": [one.plan.sent_numel(one.member) for one in exchanges],
+    }
 
 
 def _state_dicts(model: list[Any], optimizer: Any, *, loading: bool) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,10 +65,14 @@ def digests(wholes: dict[str, np.ndarray]) -> dict[str, str]:
     return {key: hashlib.sha256(one.tobytes()).hexdigest() for key, one in wholes.items()}
 
 
-def run(pool: Pool, name: str, **options: Any) -> dict[str, np.ndarray]:
+def ranks_of(pool: Pool, name: str, **options: Any) -> list[dict[str, Any]]:
     world_size, sizes = LAYOUTS[name] if name != "one" else (1, layout())
     job = dict(layout=sizes, **options)
-    return merged(pool.run(STEPS, world_size, kwargs=dict(run=job), timeout_s=240))
+    return pool.run(STEPS, world_size, kwargs=dict(run=job), timeout_s=240)
+
+
+def run(pool: Pool, name: str, **options: Any) -> dict[str, np.ndarray]:
+    return merged(ranks_of(pool, name, **options))
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +88,73 @@ def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
     assert not different, f"{len(different)} of {len(right)} tensors differ: {worst}"
 
 
+# Matrices of k2-micro, counted by hand: 4 layers of (query down, query up, key-value down,
+# key-value up, output); layer 0's gate, up, down; 3 MoE layers of router, shared and 8 experts.
+NUM_MATRICES = 4 * 5 + 3 + 3 * (1 + 3 + 8 * 3)
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_twenty_steps_are_those_of_one_process_bit_for_bit(
     pool: Pool, one: dict[str, np.ndarray], name: str
 ) -> None:
-    assert_same(run(pool, name), one)
+    ranks = ranks_of(pool, name)
+    assert_same(merged(ranks), one)
+    assert sum(rank["matrices"] for rank in ranks) == 20 * NUM_MATRICES, "each matrix once a step"
+    for rank in ranks:  # fp32 both ways here
+        assert rank["sent_bytes"] == 20 * 4 * sum(sum(sent) for sent in rank["planned_numel"])
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("tp2-dp2", dict(optimizer=dict(k2_muon_split="part"))),
+        ("tp2-dp2", dict(optimizer=dict(k2_muon_split="head"))),
+        ("dp4", dict(bucket_size=100_000)),
+        ("tp2-dp2", dict(optimizer=dict(k2_muon_wave_bytes=200_000))),
+        ("dp4", dict(bf16=True, optimizer=dict(muon_fp32_matmul_prec="medium"))),
+        ("tp2-pp2-ep2", dict(bf16=True, optimizer=dict(k2_muon_wire="bf16"))),
+        ("dp4", dict(optimizer=dict(k2_muon_momentum="bf16", muon_coefficient_type="quintic"))),
+    ],
+    ids=["part", "head", "buckets", "small waves", "bf16", "bf16 wire", "bf16 momentum"],
+)
+def test_options_do_not_depend_on_the_layout_either(
+    pool: Pool, one: dict[str, np.ndarray], name: str, options: dict[str, Any]
+) -> None:
+    alone = run(pool, "one", num_steps=3, **options)
+    assert_same(run(pool, name, num_steps=3, **options), alone)
+
+
+def test_resuming_under_another_layout_goes_on_bit_for_bit(
+    pool: Pool, one: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    """One process saves after 5 steps; other layouts load each other's and end where it ends."""
+    chain = ["one", "tp2-pp2-ep2", "dp8", "vpp2-ep2", "one"]
+    for index, name in enumerate(chain):
+        source, target = (str(tmp_path / str(i)) if i >= 0 else "" for i in (index - 1, index))
+        Path(target).mkdir()
+        found = run(
+            pool, name, first_step=4 * index, num_steps=4, load=source if index else "", save=target
+        )
+    assert_same(found, one)
+
+
+@pytest.mark.parametrize("name", ["one", "dp4", "tp2-pp2-ep2"])
+def test_the_clip_costs_one_max_all_reduce_a_step(pool: Pool, name: str) -> None:
+    with_clip, without = (
+        [Counter(rank["collectives"]) for rank in ranks_of(pool, name, num_steps=3, clip=clip)]
+        for clip in (True, False)
+    )
+    for one, other in zip(with_clip, without, strict=True):
+        assert one - other == Counter({"allreduce_ MAX": 3})
+        assert not other - one
+
+
+def test_the_clip_acts_and_only_on_query_and_key_projections(
+    pool: Pool, one: dict[str, np.ndarray]
+) -> None:
+    unclipped = run(pool, "one", clip=False)
+    changed = {key for key in one if not np.array_equal(one[key], unclipped[key])}
+    masters = {key for key in changed if key.startswith("optimizer.state.param.")}
+    names = {key.split(".", 3)[3].rsplit(".", 2)[1] for key in masters}
+    assert names == {"linear_q_up_proj", "linear_kv_up_proj"}
+    assert not any("momentum" in key for key in changed), "gradients were given"

@@ -2,17 +2,19 @@
 
     .venv/bin/python tools/evidence/muonclip_vs_adamw.py --tokens out/pretrain/tokens --out FOLDER
 
-One cell is one run: optimizer, learning rate, seed, length. All share model, batch, schedule (warm-up,
-then linear decay to zero at the cell's own last step) and data order of a seed. First the grid of
-rates at full length for every seed; the best rate (mean final loss over seeds) must not lie at the
-grid's edge, or the grid is widened; then MuonClip's best rate at shorter lengths, each with its own
-full decay. The ratio is where the curve of final loss over length crosses AdamW's. Finished cells are
-kept in FOLDER/cells.jsonl, so that a second run continues; FOLDER/tokens.png is the picture.
+One cell is one run: optimizer, learning rate, seed, length. All share model, batch, schedule
+(warm-up, then linear decay to zero at the cell's own last step) and data order of a seed. First the
+grid of rates at full length for every seed; the best rate (mean final loss over seeds) must not lie
+at the grid's edge, or the grid is widened; then MuonClip's best rate at shorter lengths, each with
+its own full decay. The ratio is where the curve of final loss over length crosses AdamW's. Finished
+cells are kept in FOLDER/cells.jsonl, so that a second run continues; FOLDER/tokens.png is the
+picture.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -126,7 +128,7 @@ def best_rate(table: Table, optimizer: str, rates: list[float]) -> tuple[float, 
 def crossing(lengths: list[int], losses: list[float], target: float) -> float | None:
     """Return the length at which the loss, linear in log length between cells, is the target."""
     points = list(zip(lengths, losses, strict=True))
-    for (first, above), (second, below) in zip(points, points[1:], strict=False):
+    for (first, above), (second, below) in itertools.pairwise(points):
         if above >= target >= below:
             share = (above - target) / (above - below)
             return math.exp(math.log(first) + share * (math.log(second) - math.log(first)))
