@@ -12,24 +12,32 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import batched
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
-from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.utils import unwrap_model
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_k2.max_logit import bind_max_logit_buffer, recording_attentions
+from megatron_k2.max_logit import (
+    bind_max_logit_buffer,
+    recording_attentions,
+    reset_max_logits,
+)
 from megatron_k2.model.specs import get_k2_decoder_block_spec
 from megatron_k2.optimizer.config import MuonClipConfig
 from megatron_k2.optimizer.state import OptimizerState, _tensors
 from megatron_k2.presets import load_preset
-from tests.distributed.training_job import initialize, preset_config
+from tests.distributed.matrix import NUM_SEQUENCES
+from tests.distributed.training_job import Routing, _one_step, initialize, preset_config
+from tests.distributed.training_job import Run as TrainingRun
 
 _REDUCTIONS = {
     int(op): name for name, op in torch.distributed.ReduceOp.RedOpType.__members__.items()
@@ -118,7 +126,7 @@ def build(run: Run, groups: Any) -> tuple[list[Any], Any]:
     config = preset_config(
         "k2-micro", bf16=run.bf16, params_dtype=dtype, pipeline_dtype=dtype,
         overlap_p2p_comm=pipeline > 1 and virtual is not None, batch_p2p_comm=virtual is None,
-        **run.layout,
+        moe_enable_routing_replay=True, **run.layout,
     )  # fmt: skip
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=True, bucket_size=run.bucket_size,
@@ -136,7 +144,10 @@ def build(run: Run, groups: Any) -> tuple[list[Any], Any]:
         lr=0.02, clip_grad=1.0, bf16=run.bf16, params_dtype=dtype, qk_clip_threshold=THRESHOLD,
         muon_fp32_matmul_prec="high", k2_qk_clip=run.clip,
     ) | run.optimizer  # fmt: skip
-    return model, get_megatron_optimizer(MuonClipConfig(**fields), model)
+    optimizer = get_megatron_optimizer(MuonClipConfig(**fields), model)
+    config.finalize_model_grads_func = finalize_model_grads
+    config.grad_scale_func = optimizer.scale_loss
+    return model, optimizer
 
 
 @torch.no_grad()
@@ -249,3 +260,64 @@ def _numel(place: tuple[slice, ...]) -> int:
     for one in place:
         count *= one.stop - one.start
     return count
+
+
+def frozen_batch(run: dict[str, Any], heat: float) -> dict[str, Any]:
+    """Heat some heads, train one step at learning rate 0, and look at the same batch again.
+
+    Each attention layer is given the same inputs again: those of later layers depend on the clip of
+    earlier ones. Returns the largest logits before and after, by layer, reduced over data-parallel
+    ranks; and whether every row of query and key projections of a cool head kept its bits.
+    """
+    job = Run(**run)
+    groups = initialize(job.layout)
+    model, optimizer = build(job, groups)
+    training = TrainingRun(layout=job.layout, bf16=job.bf16, num_steps=1, micro_batch_size=2)
+    mine = list(batched(range(NUM_SEQUENCES)[groups.dp.rank() :: groups.dp.size()], 2))
+    init_num_microbatches_calculator(0, None, NUM_SEQUENCES, 2, groups.dp.size())
+    attentions = [one for chunk in model for one in recording_attentions(chunk)]
+    with torch.no_grad():
+        for index, attention in enumerate(attentions):
+            rows = attention.linear_q_up_proj.weight.unflatten(
+                0, (attention.num_attention_heads_per_partition, -1)
+            )
+            rows[index % 2 :: 2] *= heat  # every other head
+    optimizer.reload_model_params()
+    inputs: dict[int, list[torch.Tensor]] = {id(one): [] for one in attentions}
+
+    def record(attention: Any, given: Any) -> None:
+        inputs[id(attention)].append(given[0].detach().clone())
+
+    def replay(attention: Any, given: Any) -> Any:
+        return (inputs[id(attention)].pop(0).requires_grad_(), *given[1:])
+
+    def largest() -> torch.Tensor:
+        for chunk in model:
+            reset_max_logits(chunk)
+        _one_step(training, model, optimizer, Routing(training, groups), mine, 0, {})
+        maxima = torch.cat([bind_max_logit_buffer(chunk).clone() for chunk in model])
+        torch.distributed.all_reduce(maxima, torch.distributed.ReduceOp.MAX, group=groups.dp_cp)
+        return maxima
+
+    hooks = [one.register_forward_pre_hook(record) for one in attentions]
+    before = largest()
+    for hook, one in zip(hooks, attentions, strict=True):
+        hook.remove()
+        one.register_forward_pre_hook(replay)
+    weights = [_projections(one) for one in attentions]
+    assert optimizer.step()[0]
+    kept = []
+    for maxima, one, old in zip(before, attentions, weights, strict=True):
+        for now, was in zip(_projections(one), old, strict=True):
+            same = (now == was).flatten(1).all(1)
+            kept.append(bool(same[maxima <= THRESHOLD].all()))
+    return {"before": before.numpy(), "after": largest().numpy(), "cool_heads_kept": all(kept)}
+
+
+def _projections(attention: Any) -> list[torch.Tensor]:
+    """Return copies of query and key-value up-projections [heads, rows, columns]."""
+    heads = attention.num_attention_heads_per_partition
+    return [
+        layer.weight.detach().clone().unflatten(0, (heads, -1))
+        for layer in (attention.linear_q_up_proj, attention.linear_kv_up_proj)
+    ]

@@ -14,6 +14,8 @@ import pytest
 from tests.distributed.pool import Pool
 
 STEPS = "tests.distributed.muonclip_job:steps"
+FROZEN = "tests.distributed.muonclip_job:frozen_batch"
+THRESHOLD = 60.0  # of the job
 
 
 def layout(tp: int = 1, pp: int = 1, ep: int = 1, etp: int | None = None, **more: Any) -> dict:
@@ -158,3 +160,21 @@ def test_the_clip_acts_and_only_on_query_and_key_projections(
     names = {key.split(".", 3)[3].rsplit(".", 2)[1] for key in masters}
     assert names == {"linear_q_up_proj", "linear_kv_up_proj"}
     assert not any("momentum" in key for key in changed), "gradients were given"
+
+
+@pytest.mark.parametrize(
+    ("name", "bf16", "tolerance"),
+    [("one", False, 1e-5), ("tp2-dp2", False, 1e-5), ("one", True, 2**-7), ("ep2", True, 2**-7)],
+)
+def test_after_a_step_at_rate_0_no_head_of_the_batch_exceeds_the_threshold(
+    pool: Pool, name: str, bf16: bool, tolerance: float
+) -> None:
+    world_size, sizes = LAYOUTS[name] if name != "one" else (1, layout())
+    job = dict(layout=sizes, bf16=bf16, optimizer=dict(lr=0.0))
+    for rank in pool.run(FROZEN, world_size, kwargs=dict(run=job, heat=4000.0)):
+        before, after = rank["before"], rank["after"]
+        hot = before > THRESHOLD
+        assert hot.any() and not hot.all(), before
+        assert rank["cool_heads_kept"]
+        assert (after <= THRESHOLD * (1 + tolerance)).all(), after.max()
+        assert (after[hot] >= THRESHOLD * (1 - 2 * 2**-7)).all(), "shrunk more than needed"

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from typing import Any
 
 import pytest
 import torch
 
 from megatron_k2.optimizer.qk_clip import (
+    ClippedRows,
+    QKClip,
     clip_factors,
+    fused_row_factors,
     grouped_query_factors,
     key_value_row_factors,
     query_row_factors,
+    scale_rows_,
 )
 from tests.unit.model.test_mla import attention_of
 
@@ -92,3 +98,40 @@ def test_grouped_queries_shrink_their_key_once_and_each_head_by_what_is_left():
 def test_a_threshold_that_is_not_positive_is_refused():
     with pytest.raises(ValueError, match="--qk-clip-threshold 0 must be above 0"):
         clip_factors(torch.ones(2), 0)
+
+
+def test_fused_projections_take_the_factors_of_their_query_groups():
+    gamma = torch.tensor([1.0, 0.25, 1.0, 1.0])
+    factors = fused_row_factors(gamma, num_query_groups=2, kv_channels=3)
+    rows = factors.view(2, 4, 3)
+    assert torch.equal(rows, rows[..., :1].expand(-1, -1, 3))
+    torch.testing.assert_close(
+        rows[..., 0], torch.tensor([[2.0, 0.5, 0.5, 1.0], [1.0, 1.0, 1.0, 1.0]])
+    )
+
+
+def test_rows_of_any_flat_range_are_scaled_like_the_whole():
+    whole = torch.randn(5, 4)
+    factors = torch.tensor([1.0, 0.5, 2.0, 1.0, 0.25])
+    wanted = (whole * factors[:, None]).flatten()
+    for start, stop in itertools.combinations_with_replacement(range(21), 2):
+        shard = whole.flatten()[start:stop].clone()
+        scale_rows_(shard, start, 4, factors)
+        assert torch.equal(shard, wanted[start:stop]), (start, stop)
+
+
+def test_hot_negative_and_broken_heads_in_one_step_destroy_nothing():
+    """Upstream turns a negative maximum beside a hot head into NaN, and +inf into zero weights."""
+    weight = torch.randn(6 * 2, 3)
+    before = weight.clone()
+    maxima = torch.tensor([[200.0, -3.0, torch.inf, torch.nan, -torch.inf, 50.0]])
+    factors = functools.partial(query_row_factors, qk_head_dim=1, qk_pos_emb_head_dim=1)
+    clip = QKClip(100.0, [ClippedRows(0, weight.view(-1), 0, 3, factors)], lambda: maxima)
+    clip.start()
+    clip.apply_()
+    assert clip.gamma is not None and clip.broken is not None
+    assert clip.gamma.tolist() == [[0.5, 1, 1, 1, 1, 1]]
+    assert clip.broken.tolist() == [[False, False, True, True, False, False]]
+    assert torch.equal(weight[2:], before[2:])
+    torch.testing.assert_close(weight[0], before[0] * 0.5**0.5)
+    torch.testing.assert_close(weight[1], before[1] * 0.5)
