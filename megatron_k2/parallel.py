@@ -100,6 +100,8 @@ class K2Groups:
         if recipe.across is None:
             return [ranks]
         across = self._base(name, recipe.across)
+        if across.size() == 1:
+            return [ranks]
         found: list[list[int]] = [[]] * across.size()
         torch.distributed.all_gather_object(found, ranks, group=across)
         return found

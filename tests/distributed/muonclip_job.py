@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import batched
 from typing import Any
 
@@ -21,11 +21,16 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
-from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.utils import unwrap_model
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from megatron_k2 import parallel
 from megatron_k2.max_logit import (
     bind_max_logit_buffer,
     recording_attentions,
@@ -118,7 +123,7 @@ def boxes(
                 yield parameter, begin, part.key, part.global_shape, place
 
 
-def build(run: Run, groups: Any) -> tuple[list[Any], Any]:
+def build(run: Run, groups: Any, *, gloo: bool = True) -> tuple[list[Any], Any]:
     """Build this rank's chunks and MuonClip."""
     dtype = torch.bfloat16 if run.bf16 else torch.float32
     pipeline = run.layout.get("pipeline_model_parallel_size", 1)
@@ -144,7 +149,9 @@ def build(run: Run, groups: Any) -> tuple[list[Any], Any]:
         lr=0.02, clip_grad=1.0, bf16=run.bf16, params_dtype=dtype, qk_clip_threshold=THRESHOLD,
         muon_fp32_matmul_prec="high", k2_qk_clip=run.clip,
     ) | run.optimizer  # fmt: skip
-    optimizer = get_megatron_optimizer(MuonClipConfig(**fields), model)
+    optimizer = get_megatron_optimizer(
+        MuonClipConfig(**fields), model, use_gloo_process_groups=gloo
+    )
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = optimizer.scale_loss
     return model, optimizer
@@ -321,3 +328,116 @@ def _projections(attention: Any) -> list[torch.Tensor]:
         layer.weight.detach().clone().unflatten(0, (heads, -1))
         for layer in (attention.linear_q_up_proj, attention.linear_kv_up_proj)
     ]
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what would wait for a GPU: scalars read, and copies to the host."""
+
+    READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "item")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.num_operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note a read, or a result on the host made of something on the device."""
+        self.num_operations += 1
+        result = func(*args, **(kwargs or {}))
+        if func._schema.name.removeprefix("aten::") in self.READS:
+            self.found.append(str(func))
+        given = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
+        made = [one for one in tree_leaves(result) if isinstance(one, torch.Tensor)]
+        if any(one.is_cuda for one in given) and any(one.device.type == "cpu" for one in made):
+            self.found.append(str(func))
+        return result
+
+
+def fake_cuda_step(world_size: int, **fields: Any) -> dict[str, Any]:
+    """Step the real optimizer of rank 0 of a fake world on fake CUDA tensors.
+
+    Built on the CPU, then every tensor of it is replaced by a fake one on ``cuda``: reading one
+    raises, and moving one to the host is counted. Returns operations and reads, of the inner step
+    and the copy to the model's parameters.
+    """
+    torch.distributed.destroy_process_group()
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    groups = parallel.initialize_model_parallel(create_gloo_process_groups=False)
+    model_parallel_cuda_manual_seed(1)
+    _, optimizer = build(Run(layout={}, bf16=True, optimizer=fields), groups, gloo=False)
+    (instance,) = optimizer.instances
+    inner = instance.optimizer
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # upstream looks at parameters' classes
+    replaced: dict[int, torch.Tensor] = {}
+
+    def on_cuda(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in replaced:
+            with mode:
+                fake = torch.empty_strided(
+                    tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda"
+                )
+                fake.grad = None if tensor.grad is None else torch.empty_like(fake)
+            replaced[id(tensor)] = fake
+        return replaced[id(tensor)]
+
+    optimizer.prepare_grads()
+    with mode:
+        maxima = torch.empty_like(inner.clip.record(), device="cuda")
+    states = {
+        on_cuda(shard): {key: on_cuda(value) for key, value in state.items()}
+        for shard, state in inner.state.items()
+    }
+    for group in inner.param_groups:
+        group["params"] = [on_cuda(shard) for shard in group["params"]]
+    inner.state.clear()
+    inner.state.update(states)
+    shards = [None if shard is None else on_cuda(shard) for shard in inner.shards]
+    clip = inner.clip
+    clip.rows = [replace(rows, shard=on_cuda(rows.shard)) for rows in clip.rows]
+    clip.record = lambda: maxima
+    inner.exchange.device = torch.device("cuda")
+    inner.attach(inner.exchange, shards, clip)
+    for name in ("shard_fp32_from_float16_groups", "shard_fp32_groups", "shard_float16_groups"):
+        setattr(instance, name, [[on_cuda(t) for t in some] for some in getattr(instance, name)])
+    for buffer in instance.buffers:
+        for bucket in buffer.buckets:
+            bucket.param_data = on_cuda(bucket.param_data)
+    reads = HostReads()
+    with mode, reads:
+        inner.step()
+        instance._copy_main_params_to_model_params()
+    return {
+        "reads": reads.found,
+        "num_operations": reads.num_operations,
+        "num_waves": len(inner.exchange.routes),
+        "num_clipped": len(clip.rows),
+    }
+
+
+def reads_seen() -> dict[str, Any]:
+    """Return what ``HostReads`` notes of one copy to the host, and what reading a scalar raises."""
+    with FakeTensorMode(), HostReads() as reads:
+        tensor = torch.empty(3, device="cuda")
+        tensor.cpu()
+        try:
+            tensor.sum().item()
+        except Exception as error:
+            return {"cpu": len(reads.found), "item": type(error).__name__}
+    return {}
+
+
+def reads_of_whole_step(optimizer: str) -> int:
+    """Return how many scalars a step with clipping by norm reads, after the first one."""
+    model, built = build(Run(), parallel.get_pg_collection())
+    if optimizer == "adam":
+        built = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam", lr=0.02, use_distributed_optimizer=True, clip_grad=1.0
+            ),
+            model,
+        )  # fmt: skip
+    fill_gradients(model, 0)
+    built.step()
+    with HostReads() as reads:
+        built.step()
+    return len(reads.found)

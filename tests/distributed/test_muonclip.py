@@ -14,6 +14,7 @@ import pytest
 from tests.distributed.pool import Pool
 
 STEPS = "tests.distributed.muonclip_job:steps"
+FAKE_CUDA = "tests.distributed.muonclip_job:fake_cuda_step"
 FROZEN = "tests.distributed.muonclip_job:frozen_batch"
 THRESHOLD = 60.0  # of the job
 
@@ -178,3 +179,25 @@ def test_after_a_step_at_rate_0_no_head_of_the_batch_exceeds_the_threshold(
         assert rank["cool_heads_kept"]
         assert (after <= THRESHOLD * (1 + tolerance)).all(), after.max()
         assert (after[hot] >= THRESHOLD * (1 - 2 * 2**-7)).all(), "shrunk more than needed"
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 8])
+def test_a_step_reads_nothing_back_from_the_device(pool: Pool, world_size: int) -> None:
+    (found,) = pool.run(FAKE_CUDA, 1, kwargs=dict(world_size=world_size))
+    assert found["num_operations"] > 100 and (found["num_clipped"] > 0) == (world_size < 8)
+    assert (found["num_waves"] > 0) == (world_size > 1)
+    assert found["reads"] == []
+
+
+def test_the_count_of_reads_sees_them(pool: Pool) -> None:
+    (found,) = pool.run("tests.distributed.muonclip_job:reads_seen", 1)
+    assert found == {"cpu": 1, "item": "DataDependentOutputException"}
+
+
+def test_a_whole_optimizer_step_reads_no_more_than_stock_adamws(pool: Pool) -> None:
+    run_one = "tests.distributed.muonclip_job:reads_of_whole_step"
+    ours, stock = (
+        pool.run(run_one, 2, layout={}, kwargs=dict(optimizer=name))[0]
+        for name in ("muonclip", "adam")
+    )
+    assert 0 < ours <= stock
