@@ -23,21 +23,13 @@ from megatron.core.utils import get_model_config, log_single_rank
 from megatron_k2.max_logit import bind_max_logit_buffer, recording_attentions
 from megatron_k2.optimizer.config import MuonClipConfig
 from megatron_k2.optimizer.directions import UpdateRule
-from megatron_k2.optimizer.distributed import (
-    MuonClipInstance,
-    MuonClipOptimizer,
+from megatron_k2.optimizer.distributed import MuonClipInstance, MuonClipOptimizer, attach
+from megatron_k2.optimizer.layout import (
+    BufferLayout,
     Replicas,
-    attach,
     muon_parameters,
     names_of,
-    total_work,
-)
-from megatron_k2.optimizer.homes import (
-    MAX_WAVE_BYTES,
-    HomePlan,
-    ShardedParameter,
-    plan_homes,
-    work_limit,
+    plan_together,
 )
 from megatron_k2.optimizer.matrices import Rule, assign, assignment_table, model_rules
 from megatron_k2.optimizer.muonclip import MuonClip
@@ -230,16 +222,24 @@ def _plan(
         name = "expert_optimizer_exchange" if expert else "optimizer_exchange"
         ranks = tuple(tuple(some) for some in k2_groups.members(name))
         replicas = Replicas(ranks, tp_group.rank(), instance.data_parallel_group.rank())
-        parameters = muon_parameters(instance, names, rules, tp_group.size())
+        buffers = [_layout_of(buffer) for buffer in instance.buffers]
+        parameters = muon_parameters(buffers, names, rules, tp_group.size())
         found.append((instance, expert, name, replicas, parameters))
-    planned = [(replicas, [one for _, one in own]) for _, _, _, replicas, own in found]
-    teams = _teams([replicas for replicas, _ in planned])
-    plans = plan_instances(planned, rule, teams, config.k2_muon_wave_bytes)
+    dense, *experts = [(replicas, [one for _, one in own]) for _, _, _, replicas, own in found]
+    teams = _teams([replicas for replicas, _ in (dense, *experts)])
+    plan, expert_plans = plan_together(dense, experts, rule, teams, config.k2_muon_wave_bytes)
+    plans = [plan, *expert_plans]
     for (instance, expert, name, replicas, parameters), plan in zip(found, plans, strict=True):
         group = k2_groups.get(name) if len(replicas.members) > 1 else None
         attach(
             instance, parameters, plan, replicas, group, (wire, narrow), None if expert else clip
         )
+
+
+def _layout_of(buffer: Any) -> BufferLayout:
+    """Return a live buffer's layout."""
+    ranges = [(one.offset, one.offset + one.grad_data.numel()) for one in buffer.buckets]
+    return BufferLayout(buffer.param_index_map, ranges, buffer.data_parallel_group.size())
 
 
 def _teams(replicas: Sequence[Replicas]) -> list[int]:
@@ -256,53 +256,6 @@ def _teams(replicas: Sequence[Replicas]) -> list[int]:
     torch.distributed.all_gather_object(found, own, group=group)
     by_rank = dict(zip(torch.distributed.get_process_group_ranks(group), found, strict=True))
     return [by_rank[rank] for rank in dense.members]
-
-
-def plan_instances(
-    instances: Sequence[tuple[Replicas, Sequence[ShardedParameter]]],
-    rule: UpdateRule,
-    teams: Sequence[int],
-    wave_bytes: int = MAX_WAVE_BYTES,
-) -> list[HomePlan]:
-    """Plan the dense instance, then the experts', so that a rank's work is balanced over both.
-
-    Args:
-        instances: who shares which parameters: the dense instance and, where experts have
-            process groups of their own, theirs.
-        rule: for the work of a matrix.
-        teams: of each dense member: equal for those that share the same experts.
-        wave_bytes: see ``plan_homes``.
-    """
-    (dense, dense_parameters), *rest = instances
-    tensor_parallel_size = len(dense.ranks)
-    if not rest:
-        return [
-            plan_homes(dense_parameters, rule.flops, tensor_parallel_size, wave_bytes=wave_bytes)
-        ]
-    expert, expert_parameters = rest[0]
-    dense_total, dense_largest = total_work(dense_parameters, rule)
-    expert_total, expert_largest = total_work(expert_parameters, rule)
-    members, share = len(dense.members), expert_total / len(expert.members)
-    limit = work_limit(dense_total + share * members, members, max(dense_largest, expert_largest))
-    dense_plan = plan_homes(
-        dense_parameters,
-        rule.flops,
-        tensor_parallel_size,
-        [share] * members,
-        limit,
-        teams,
-        wave_bytes,
-    )
-    load = dict(zip(dense.members, dense_plan.work_flops, strict=True))
-    expert_plan = plan_homes(
-        expert_parameters,
-        rule.flops,
-        len(expert.ranks),
-        [load[rank] for rank in expert.members],
-        limit,
-        wave_bytes=wave_bytes,
-    )
-    return [dense_plan, expert_plan]
 
 
 def _clip(

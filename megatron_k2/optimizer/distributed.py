@@ -1,16 +1,14 @@
 """MuonClip as the inner optimizer of Megatron's distributed optimizer.
 
 Buckets, reduce-scatter, parameter all-gather, main parameters, gradient clipping and FP8 gather
-stay upstream's; what is here hands ``MuonClip`` its flat shards with a plan of homes derived from
-``buffer.param_index_map``, and saves state by name (``state.py``). Dense and expert parameters are
-two instances, as upstream has them, planned together. Megatron-core 0.19.2,
-``core/optimizer/distrib_optimizer.py``.
+stay upstream's; what is here hands ``MuonClip`` its flat shards with a plan of homes
+(``layout.py``), and saves state by name (``state.py``). Dense and expert parameters are two
+instances, as upstream has them. Megatron-core 0.19.2, ``core/optimizer/distrib_optimizer.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,11 +17,9 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import Tensor
 
 from megatron_k2.max_logit import reset_max_logits
-from megatron_k2.optimizer.directions import UpdateRule
 from megatron_k2.optimizer.exchange import Exchange
-from megatron_k2.optimizer.geometry import Sharding
 from megatron_k2.optimizer.homes import HomePlan, ShardedParameter
-from megatron_k2.optimizer.matrices import Rule, assign
+from megatron_k2.optimizer.layout import Replicas
 from megatron_k2.optimizer.muonclip import MuonClip
 from megatron_k2.optimizer.state import OptimizerState
 
@@ -97,79 +93,6 @@ class MuonClipOptimizer(ChainedOptimizer):  # type: ignore[misc]
         return {"groups": [one.state_dict() for one in self.instances]}
 
 
-@dataclass(frozen=True)
-class Replicas:
-    """The ranks that share one instance's flat layout.
-
-    Attributes:
-        ranks: global ranks [tensor parallel][data parallel].
-        tensor_parallel_rank, data_parallel_rank: of this process.
-    """
-
-    ranks: tuple[tuple[int, ...], ...]
-    tensor_parallel_rank: int
-    data_parallel_rank: int
-
-    @property
-    def members(self) -> tuple[int, ...]:
-        """Global rank of each member, in the order of ``geometry.Piece.member``."""
-        return tuple(rank for ranks in self.ranks for rank in ranks)
-
-    @property
-    def member(self) -> int:
-        """This process's."""
-        return self.tensor_parallel_rank * len(self.ranks[0]) + self.data_parallel_rank
-
-
-def names_of(model_chunks: Sequence[torch.nn.Module]) -> dict[torch.nn.Parameter, str]:
-    """Return each parameter's name, without wrappers and, of several chunks, with its chunk's."""
-    found: dict[torch.nn.Parameter, str] = {}
-    for index, chunk in enumerate(model_chunks):
-        prefix = f"chunk{index}." if len(model_chunks) > 1 else ""
-        for name, parameter in chunk.named_parameters():
-            found[parameter] = prefix + name.replace("module.", "")
-    return found
-
-
-def muon_parameters(
-    instance: MuonClipInstance,
-    names: dict[torch.nn.Parameter, str],
-    rules: Sequence[Rule],
-    tensor_parallel_size: int,
-) -> list[tuple[torch.nn.Parameter, ShardedParameter]]:
-    """Return the parameters under Muon, in the order of the buffers, with everybody's ranges."""
-    found = []
-    for buffer in instance.buffers:
-        num_shards = buffer.data_parallel_group.size()
-        for parameter, (start, stop, bucket_id) in buffer.param_index_map.items():
-            rule = assign(names[parameter], parameter.shape, rules).rule
-            if rule.algorithm != "muon":
-                continue
-            bucket = buffer.buckets[bucket_id]
-            size = bucket.grad_data.numel() // num_shards
-            ranges = shard_ranges(start - bucket.offset, stop - bucket.offset, size, num_shards)
-            dim = None
-            if tensor_parallel_size > 1 and getattr(parameter, "tensor_model_parallel", False):
-                dim = parameter.partition_dim - (parameter.ndim - 2)  # type: ignore[attr-defined]
-            sharding = Sharding(tensor_parallel_size, dim)
-            shape = tuple(parameter.shape)
-            one = ShardedParameter(names[parameter], shape, rule.cut, sharding, ranges)
-            found.append((parameter, one))
-    return found
-
-
-def shard_ranges(
-    start: int, stop: int, shard_numel: int, num_shards: int
-) -> tuple[tuple[int, int], ...]:
-    """Return the range of a parameter at [start, stop) of a bucket that lies in each shard."""
-    found = []
-    for shard in range(num_shards):
-        first = max(start, shard * shard_numel) - start
-        last = min(stop, (shard + 1) * shard_numel) - start
-        found.append((first, last) if first < last else (0, 0))
-    return tuple(found)
-
-
 def attach(
     instance: MuonClipInstance,
     parameters: Sequence[tuple[torch.nn.Parameter, ShardedParameter]],
@@ -186,15 +109,3 @@ def attach(
     owned = instance.model_param_group_index_map
     shards = [instance.shard_of(p) if p in owned else None for p, _ in parameters]
     instance.optimizer.attach(exchange, shards, clip(instance) if clip is not None else None)
-
-
-def total_work(parameters: Sequence[ShardedParameter], rule: UpdateRule) -> tuple[float, float]:
-    """Return the work of all logical matrices of some parameters, and of the largest one."""
-    from megatron_k2.optimizer.geometry import logical_matrices
-
-    work = [
-        rule.flops(matrix.rows, matrix.columns)
-        for index, one in enumerate(parameters)
-        for matrix in logical_matrices(index, one.shape, one.cut, one.sharding)
-    ]
-    return sum(work), max(work, default=0.0)
