@@ -51,10 +51,7 @@ GROUP_RECIPES: Mapping[str, GroupRecipe] = {
         "dp_cp", False, "maximum attention logits: over all data of the same heads and layers"
     ),
     "optimizer_exchange": GroupRecipe(
-        "intra_dp_cp", True, "pieces of dense matrices to their homes and back", across="tp"
-    ),
-    "expert_optimizer_exchange": GroupRecipe(
-        "intra_expt_dp", True, "pieces of expert matrices to their homes and back", across="expt_tp"
+        "intra_dp_cp", True, "pieces of matrices to their homes and back", across="tp"
     ),
 }
 

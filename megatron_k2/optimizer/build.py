@@ -24,12 +24,14 @@ from megatron_k2.max_logit import bind_max_logit_buffer, recording_attentions
 from megatron_k2.optimizer.config import MuonClipConfig
 from megatron_k2.optimizer.directions import UpdateRule
 from megatron_k2.optimizer.distributed import MuonClipInstance, MuonClipOptimizer, attach
+from megatron_k2.optimizer.homes import ShardedParameter
 from megatron_k2.optimizer.layout import (
     BufferLayout,
-    Replicas,
+    Stage,
     muon_parameters,
     names_of,
-    plan_together,
+    plan_stage,
+    stage_of,
 )
 from megatron_k2.optimizer.matrices import Rule, assign, assignment_table, model_rules
 from megatron_k2.optimizer.muonclip import MuonClip
@@ -212,50 +214,58 @@ def _plan(
     model_chunks: Chunks,
 ) -> None:
     """Plan homes over both instances and attach shards, exchange and clip."""
-    clip = partial(_clip, config, model_chunks) if config.k2_qk_clip else None
+    by_kind = {one.param_groups[0]["is_expert_parallel"]: one for one in instances}
+    stage, member = _stage(pgs, apart=True in by_kind)
+    expert_table = stage.experts[pgs.ep.rank()] if stage.experts else ((),)
+    own: dict[bool, list[tuple[torch.nn.Parameter, ShardedParameter]]] = {
+        expert: muon_parameters(
+            [_layout_of(buffer) for buffer in by_kind[expert].buffers], names, rules, table
+        )
+        if expert in by_kind
+        else []
+        for expert, table in ((False, stage.dense), (True, expert_table))
+    }
+    dense, experts = ([one for _, one in own[expert]] for expert in (False, True))
+    plans = plan_stage(stage, dense, experts, rule, config.k2_muon_wave_bytes)
+    group = k2_groups.get("optimizer_exchange") if len(stage.ranks) > 1 else None
     wire = config.wire_dtype
     narrow = min(wire, config.compute_dtype, key=lambda dtype: dtype.itemsize)
-    found = []
-    for instance in instances:
-        expert = instance.param_groups[0]["is_expert_parallel"]
-        tp_group = pgs.expt_tp if expert else pgs.tp
-        name = "expert_optimizer_exchange" if expert else "optimizer_exchange"
-        ranks = tuple(tuple(some) for some in k2_groups.members(name))
-        replicas = Replicas(ranks, tp_group.rank(), instance.data_parallel_group.rank())
-        buffers = [_layout_of(buffer) for buffer in instance.buffers]
-        parameters = muon_parameters(buffers, names, rules, tp_group.size())
-        found.append((instance, expert, name, replicas, parameters))
-    dense, *experts = [(replicas, [one for _, one in own]) for _, _, _, replicas, own in found]
-    teams = _teams([replicas for replicas, _ in (dense, *experts)])
-    plan, expert_plans = plan_together(dense, experts, rule, teams, config.k2_muon_wave_bytes)
-    plans = [plan, *expert_plans]
-    for (instance, expert, name, replicas, parameters), plan in zip(found, plans, strict=True):
-        group = k2_groups.get(name) if len(replicas.members) > 1 else None
-        attach(
-            instance, parameters, plan, replicas, group, (wire, narrow), None if expert else clip
-        )
+    for expert, plan in zip((False, True), plans, strict=True):
+        if expert not in by_kind:
+            continue
+        instance = by_kind[expert]
+        parameters: list[torch.nn.Parameter | None] = [p for p, _ in own[expert]]
+        if expert:  # the plan has everybody's
+            before = len(parameters) * pgs.ep.rank()
+            after = len(plan.parameters) - before - len(parameters)
+            parameters = [*[None] * before, *parameters, *[None] * after]
+        clip = _clip(config, model_chunks, instance) if config.k2_qk_clip and not expert else None
+        attach(instance, parameters, plan, member, stage.ranks, group, (wire, narrow), clip)
+
+
+def _stage(pgs: ProcessGroupCollection, *, apart: bool) -> tuple[Stage, int]:
+    """Return this rank's stage and its own place in it.
+
+    Collective: over the ranks of the stage.
+    """
+    data_rank = pgs.intra_dp_cp.rank()
+    rank = torch.distributed.get_rank()
+    place = (
+        rank, pgs.tp.rank(), data_rank, pgs.ep.rank(), pgs.expt_tp.rank(), pgs.intra_expt_dp.rank()
+    )  # fmt: skip
+    if pgs.tp.size() * pgs.intra_dp_cp.size() == 1:
+        return stage_of([place], apart=apart), 0
+    group = k2_groups.get("optimizer_exchange")
+    places = [place] * group.size()
+    torch.distributed.all_gather_object(places, place, group=group)
+    stage = stage_of(places, apart=apart)
+    return stage, stage.ranks.index(rank)
 
 
 def _layout_of(buffer: Any) -> BufferLayout:
     """Return a live buffer's layout."""
     ranges = [(one.offset, one.offset + one.grad_data.numel()) for one in buffer.buckets]
     return BufferLayout(buffer.param_index_map, ranges, buffer.data_parallel_group.size())
-
-
-def _teams(replicas: Sequence[Replicas]) -> list[int]:
-    """Return for each member of the dense instance which experts' replicas it belongs to.
-
-    Collective: over the dense instance's members.
-    """
-    dense, *expert = replicas
-    own = min(expert[0].members) if expert else 0
-    if not expert or len(dense.members) == 1:
-        return [own] * len(dense.members)
-    group = k2_groups.get("optimizer_exchange")
-    found: list[int] = [0] * group.size()
-    torch.distributed.all_gather_object(found, own, group=group)
-    by_rank = dict(zip(torch.distributed.get_process_group_ranks(group), found, strict=True))
-    return [by_rank[rank] for rank in dense.members]
 
 
 def _clip(

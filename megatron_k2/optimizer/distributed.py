@@ -8,7 +8,7 @@ instances, as upstream has them. Megatron-core 0.19.2, ``core/optimizer/distrib_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from megatron_k2.max_logit import reset_max_logits
 from megatron_k2.optimizer.exchange import Exchange
-from megatron_k2.optimizer.homes import HomePlan, ShardedParameter
-from megatron_k2.optimizer.layout import Replicas
+from megatron_k2.optimizer.homes import HomePlan
 from megatron_k2.optimizer.muonclip import MuonClip
+from megatron_k2.optimizer.qk_clip import QKClip
 from megatron_k2.optimizer.state import OptimizerState
 
 
@@ -95,17 +95,28 @@ class MuonClipOptimizer(ChainedOptimizer):  # type: ignore[misc]
 
 def attach(
     instance: MuonClipInstance,
-    parameters: Sequence[tuple[torch.nn.Parameter, ShardedParameter]],
+    parameters: Sequence[torch.nn.Parameter | None],
     plan: HomePlan,
-    replicas: Replicas,
+    member: int,
+    ranks: Sequence[int],
     group: torch.distributed.ProcessGroup | None,
     dtypes: tuple[torch.dtype, torch.dtype],
-    clip: Callable[[MuonClipInstance], Any] | None = None,
+    clip: QKClip | None = None,
 ) -> None:
-    """Give an instance's ``MuonClip`` its shards, plan and clip."""
-    wire, reply = dtypes
+    """Give an instance's ``MuonClip`` its shards, plan and clip.
+
+    Args:
+        instance: to be stepped.
+        parameters: of the plan, in its order; None for those of other expert-parallel ranks.
+        plan: of homes.
+        member: this rank's place in it.
+        ranks: global rank of each member.
+        group: the members' own; None for one member.
+        dtypes: number format of pieces on their way to a home, and of results.
+        clip: applied after the update.
+    """
     device = instance.buffers[0].buckets[0].grad_data.device
-    exchange = Exchange(plan, replicas.member, replicas.members, group, wire, reply, device)
+    exchange = Exchange(plan, member, ranks, group, *dtypes, device)
     owned = instance.model_param_group_index_map
-    shards = [instance.shard_of(p) if p in owned else None for p, _ in parameters]
-    instance.optimizer.attach(exchange, shards, clip(instance) if clip is not None else None)
+    shards = [instance.shard_of(p) if p is not None and p in owned else None for p in parameters]
+    instance.optimizer.attach(exchange, shards, clip)

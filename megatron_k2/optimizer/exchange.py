@@ -48,7 +48,6 @@ class Route:
 
 def routes(plan: HomePlan, member: int) -> list[Route]:
     """Return a member's part of every wave; both ends of a message list its spans in one order."""
-    num_shards = max(1, len(plan.parameters[0].ranges)) if plan.parameters else 1
     found = []
     for wave in plan.waves:
         route = Route()
@@ -56,11 +55,10 @@ def routes(plan: HomePlan, member: int) -> list[Route]:
             placed = plan.matrices[index]
             if placed.home == member:
                 route.at_home.append(index)
-            offset = plan.parameters[placed.matrix.parameter].ranges[member % num_shards][0]
             for piece in placed.sources:
-                _add(route, placed.matrix, index, piece, placed.home, member, offset, back=False)
+                _add(route, placed.matrix, index, piece, placed.home, member, back=False)
             for piece in placed.sinks:
-                _add(route, placed.matrix, index, piece, placed.home, member, offset, back=True)
+                _add(route, placed.matrix, index, piece, placed.home, member, back=True)
         found.append(route)
     return found
 
@@ -72,7 +70,6 @@ def _add(
     piece: Piece,
     home: int,
     member: int,
-    offset: int,
     *,
     back: bool,
 ) -> None:
@@ -84,7 +81,7 @@ def _add(
     for start, stop in matrix.runs.slices(piece.start, piece.stop):
         size = stop - start
         whole = (index, begin + position, begin + position + size)
-        shard = (index, start - offset, stop - offset)
+        shard = (index, start - piece.origin, stop - piece.origin)
         position += size
         if piece.member == home:
             (route.own_back if back else route.own).append((shard, whole))

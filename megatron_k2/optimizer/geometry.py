@@ -166,14 +166,16 @@ class Piece:
     """Elements [start, stop) of a block, held by one member of the exchange.
 
     Attributes:
-        member: tensor-parallel rank times data-parallel size plus data-parallel rank.
+        member: who holds it.
         block: position of the block in the whole matrix.
+        origin: where the member's range begins in the flat tensor.
     """
 
     member: int
     block: int
     start: int
     stop: int
+    origin: int
 
     @property
     def numel(self) -> int:
@@ -182,26 +184,26 @@ class Piece:
 
 
 def pieces(
-    matrix: LogicalMatrix, ranges: Sequence[tuple[int, int]], tensor_parallel_size: int
+    matrix: LogicalMatrix,
+    ranges: Sequence[tuple[int, int]],
+    members: Sequence[Sequence[int]],
 ) -> list[Piece]:
     """Return who holds which part of a matrix.
 
     Args:
         matrix: one of ``logical_matrices``.
         ranges: [start, stop) of the flat tensor that each data-parallel rank holds.
-        tensor_parallel_size: ranks that store the parameter.
+        members: [tensor-parallel rank][data-parallel rank] of those that store the parameter.
 
     Returns:
-        by member; of a matrix that every tensor-parallel rank stores whole, each one's copy.
+        block by block; of a matrix that every tensor-parallel rank stores whole, each one's copy.
     """
     before = matrix.runs.before
     parts = [(d, before(start), before(stop)) for d, (start, stop) in enumerate(ranges)]
-    holders = (
-        enumerate(matrix.blocks) if matrix.blocks else ((0, t) for t in range(tensor_parallel_size))
-    )
+    copies = [(0, rank) for rank in range(len(members))]
     return [
-        Piece(rank * len(ranges) + d, block, start, stop)
-        for block, rank in holders
+        Piece(members[rank][d], block, start, stop, ranges[d][0])
+        for block, rank in (list(enumerate(matrix.blocks)) or copies)
         for d, start, stop in parts
         if start < stop
     ]

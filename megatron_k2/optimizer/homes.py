@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from heapq import heapreplace
 
 from megatron_k2.optimizer.geometry import (
     LogicalMatrix,
@@ -34,7 +35,7 @@ MAX_WAVE_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class ShardedParameter:
-    """A parameter under Muon, in the flat shards of one model-parallel rank's replicas.
+    """A parameter under Muon, in flat shards.
 
     Attributes:
         name: as in ``named_parameters``.
@@ -42,6 +43,7 @@ class ShardedParameter:
         cut: of its rule.
         sharding: how tensor parallelism stores it.
         ranges: [start, stop) of the flat tensor for each data-parallel rank; (0, 0) for none.
+        members: [tensor-parallel rank][data-parallel rank] of those that hold these ranges.
     """
 
     name: str
@@ -49,6 +51,7 @@ class ShardedParameter:
     cut: Cut | None
     sharding: Sharding
     ranges: tuple[tuple[int, int], ...]
+    members: tuple[tuple[int, ...], ...] = ((0,),)
 
 
 @dataclass(frozen=True)
@@ -83,14 +86,12 @@ class HomePlan:
         matrices: all of them, each with one home, in the order of memory.
         waves: indices into ``matrices`` of those that travel, wave by wave.
         work_flops: Newton-Schulz work of each member.
-        num_members: tensor-parallel times data-parallel ranks.
     """
 
     parameters: tuple[ShardedParameter, ...]
     matrices: tuple[Placed, ...]
     waves: tuple[tuple[int, ...], ...]
     work_flops: tuple[float, ...]
-    num_members: int = field(default=1)
 
     def sent_numel(self, member: int) -> tuple[int, int]:
         """Return the elements that a member sends a step: to homes, and as a home back."""
@@ -112,94 +113,90 @@ def work_limit(total_flops: float, num_members: int, largest_flops: float) -> fl
 def plan_homes(
     parameters: Sequence[ShardedParameter],
     flops: Callable[[int, int], float],
-    tensor_parallel_size: int = 1,
-    other_work_flops: Sequence[float] | None = None,
-    limit_flops: float | None = None,
-    teams: Sequence[int] | None = None,
+    num_members: int = 1,
     wave_bytes: int = MAX_WAVE_BYTES,
 ) -> HomePlan:
     """Give every logical matrix one home.
 
     Args:
-        parameters: under Muon, in the order of the buffers; all with the same number of ranges.
+        parameters: under Muon, of all members: dense ones and everybody's experts.
         flops: work of a matrix of so many rows and columns.
-        tensor_parallel_size: ranks that share each parameter's flat layout.
-        other_work_flops: what each member does besides, in another plan.
-        limit_flops: of a member's work in all; None for ``work_limit`` of these matrices.
-        teams: of each member; a team shares other work evenly (its experts), so what no holder
-            may take goes to the least loaded member of the least loaded team.
+        num_members: ranks that can be homes.
         wave_bytes: cap on what a member holds of a wave; one matrix can exceed it.
 
     Returns:
         the plan, the same on every rank that calls with the same arguments.
-
-    Raises:
-        ValueError: parameters with different numbers of ranges.
     """
-    sizes = {len(parameter.ranges) for parameter in parameters}
-    if len(sizes) > 1:
-        raise ValueError(f"shards over {sorted(sizes)} data-parallel ranks in one plan")
-    num_members = tensor_parallel_size * (sizes.pop() if sizes else 1)
     found: list[tuple[LogicalMatrix, list[Piece]]] = []
-    for index, parameter in enumerate(parameters):
-        for matrix in logical_matrices(index, parameter.shape, parameter.cut, parameter.sharding):
-            found.append((matrix, pieces(matrix, parameter.ranges, tensor_parallel_size)))
+    for index, one in enumerate(parameters):
+        for matrix in logical_matrices(index, one.shape, one.cut, one.sharding):
+            found.append((matrix, pieces(matrix, one.ranges, one.members)))
     work = [float(flops(matrix.rows, matrix.columns)) for matrix, _ in found]
-    load = list(other_work_flops) if other_work_flops is not None else [0.0] * num_members
-    if limit_flops is None:
-        limit_flops = work_limit(sum(work) + sum(load), num_members, max(work, default=0.0))
-    homes = _choose_homes(found, work, load, limit_flops, teams or [0] * num_members)
+    homes = _choose_homes([parts for _, parts in found], work, num_members)
     placed = tuple(
-        _place(matrix, parts, home, num_members // max(1, tensor_parallel_size))
+        _place(matrix, parts, home, parameters[matrix.parameter].members)
         for (matrix, parts), home in zip(found, homes, strict=True)
     )
     own = [0.0] * num_members
-    for one, cost in zip(placed, work, strict=True):
-        own[one.home] += cost
+    for home, cost in zip(homes, work, strict=True):
+        own[home] += cost
     waves = _waves(placed, num_members, wave_bytes)
-    return HomePlan(tuple(parameters), placed, waves, tuple(own), num_members)
+    return HomePlan(tuple(parameters), placed, waves, tuple(own))
+
+
+def part_of_plan(
+    plan: HomePlan, chosen: Sequence[int], wave_bytes: int = MAX_WAVE_BYTES
+) -> HomePlan:
+    """Return the plan of some parameters alone (by index), with the same homes.
+
+    Their work alone is counted, and they have waves of their own.
+    """
+    position = {index: at for at, index in enumerate(chosen)}
+    placed = tuple(
+        replace(one, matrix=replace(one.matrix, parameter=position[one.matrix.parameter]))
+        for one in plan.matrices
+        if one.matrix.parameter in position
+    )
+    waves = _waves(placed, len(plan.work_flops), wave_bytes)
+    return HomePlan(tuple(plan.parameters[i] for i in chosen), placed, waves, plan.work_flops)
 
 
 def _choose_homes(
-    found: Sequence[tuple[LogicalMatrix, list[Piece]]],
-    work: Sequence[float],
-    load: list[float],
-    limit: float,
-    teams: Sequence[int],
+    found: Sequence[Sequence[Piece]], work: Sequence[float], num_members: int
 ) -> list[int]:
-    """Return a home for each matrix; ``load`` is raised in place."""
-    of_team: dict[int, float] = defaultdict(float)
-    for team, flops in zip(teams, load, strict=True):
-        of_team[team] += flops
+    """Return a home for each matrix, given its pieces: large ones first."""
+    limit = work_limit(sum(work), num_members, max(work, default=0.0))
+    load = [0.0] * num_members
+    least = [(0.0, member) for member in range(num_members)]  # a heap, with outdated entries
     homes = [0] * len(found)
-    # Those that lie whole at one member first: keeping them there costs nothing.
-    order = sorted(range(len(found)), key=lambda i: (len(found[i][1]) > 1, -work[i], i))
-    for index in order:
-        parts = found[index][1]
+    # Of equal work, those that lie whole at one member first: keeping them there costs nothing.
+    for index in sorted(range(len(found)), key=lambda i: (-work[i], len(found[i]), i)):
         held: dict[int, int] = defaultdict(int)
-        for piece in parts:
+        for piece in found[index]:
             held[piece.member] += piece.numel
         # Whoever holds most first, the less loaded first among equals.
         candidates = sorted(held, key=lambda m: (-held[m], load[m], m))
-        fitting = (m for m in candidates if load[m] + work[index] <= limit)
-        home = next(fitting, None)
+        home = next((m for m in candidates if load[m] + work[index] <= limit), None)
         if home is None:
-            home = min(
-                range(len(load)),
-                key=lambda m: (of_team[teams[m]], load[m], -held.get(m, 0), m),
-            )
+            while least[0][0] < load[least[0][1]]:
+                heapreplace(least, (load[least[0][1]], least[0][1]))
+            home = least[0][1]
         homes[index] = home
         load[home] += work[index]
-        of_team[teams[home]] += work[index]
     return homes
 
 
-def _place(matrix: LogicalMatrix, parts: Sequence[Piece], home: int, num_shards: int) -> Placed:
+def _place(
+    matrix: LogicalMatrix,
+    parts: Sequence[Piece],
+    home: int,
+    members: Sequence[Sequence[int]],
+) -> Placed:
     """Return the matrix with its sources and sinks; of copies, the home's own rank's is used."""
     if matrix.blocks:
         return Placed(matrix, home, tuple(parts), tuple(parts))
-    rank = home // num_shards
-    sources = tuple(piece for piece in parts if piece.member // num_shards == rank)
+    holders = next((ranks for ranks in members if home in ranks), members[0])
+    sources = tuple(piece for piece in parts if piece.member in holders)
     return Placed(matrix, home, sources, tuple(parts))
 
 

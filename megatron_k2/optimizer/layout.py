@@ -10,18 +10,18 @@ because one rank works for both. No process groups.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from megatron_k2.optimizer.directions import UpdateRule
-from megatron_k2.optimizer.geometry import Sharding, logical_matrices
+from megatron_k2.optimizer.geometry import Sharding
 from megatron_k2.optimizer.homes import (
     MAX_WAVE_BYTES,
     HomePlan,
     ShardedParameter,
+    part_of_plan,
     plan_homes,
-    work_limit,
 )
 from megatron_k2.optimizer.matrices import Rule, assign
 
@@ -41,28 +41,46 @@ class BufferLayout:
     num_shards: int
 
 
+Table = tuple[tuple[int, ...], ...]
+"""Members [tensor-parallel rank][data-parallel rank] that share one flat layout."""
+
+
 @dataclass(frozen=True)
-class Replicas:
-    """The ranks that share one instance's flat layout.
+class Stage:
+    """The ranks of one pipeline stage, by what they hold.
 
     Attributes:
-        ranks: global ranks [tensor parallel][data parallel].
-        tensor_parallel_rank, data_parallel_rank: of this process.
+        ranks: global rank of each member.
+        dense: who shares the dense parameters.
+        experts: who shares the experts of each expert-parallel rank; () where experts belong to
+            the dense instance.
     """
 
-    ranks: tuple[tuple[int, ...], ...]
-    tensor_parallel_rank: int
-    data_parallel_rank: int
+    ranks: tuple[int, ...]
+    dense: Table
+    experts: tuple[Table, ...] = ()
 
-    @property
-    def members(self) -> tuple[int, ...]:
-        """Global rank of each member, in the order of ``geometry.Piece.member``."""
-        return tuple(rank for ranks in self.ranks for rank in ranks)
 
-    @property
-    def member(self) -> int:
-        """This process's."""
-        return self.tensor_parallel_rank * len(self.ranks[0]) + self.data_parallel_rank
+def stage_of(places: Sequence[tuple[int, int, int, int, int, int]], *, apart: bool) -> Stage:
+    """Return the stage of ranks with the given places.
+
+    Args:
+        places: (global rank, tensor-parallel rank, data-parallel rank, expert-parallel rank,
+            expert tensor-parallel rank, expert data-parallel rank) of each member.
+        apart: experts have an instance of their own.
+    """
+    dense = {(one[1], one[2]): member for member, one in enumerate(places)}
+    experts: dict[int, dict[tuple[int, int], int]] = {}
+    for member, one in enumerate(places):
+        experts.setdefault(one[3], {})[one[4], one[5]] = member
+    tables = [_table(experts[rank]) for rank in sorted(experts)] if apart else []
+    return Stage(tuple(one[0] for one in places), _table(dense), tuple(tables))
+
+
+def _table(found: Mapping[tuple[int, int], int]) -> Table:
+    rows = sorted({row for row, _ in found})
+    columns = sorted({column for _, column in found})
+    return tuple(tuple(found[row, column] for column in columns) for row in rows)
 
 
 def names_of(model_chunks: Sequence[torch.nn.Module]) -> dict[torch.nn.Parameter, str]:
@@ -79,7 +97,7 @@ def muon_parameters(
     buffers: Iterable[BufferLayout],
     names: dict[torch.nn.Parameter, str],
     rules: Sequence[Rule],
-    tensor_parallel_size: int,
+    members: Table,
 ) -> list[tuple[torch.nn.Parameter, ShardedParameter]]:
     """Return the parameters under Muon, in the order of the buffers, with everybody's ranges."""
     found = []
@@ -92,11 +110,11 @@ def muon_parameters(
             size = (last - first) // buffer.num_shards
             ranges = shard_ranges(start - first, stop - first, size, buffer.num_shards)
             dim = None
-            if tensor_parallel_size > 1 and getattr(parameter, "tensor_model_parallel", False):
+            if len(members) > 1 and getattr(parameter, "tensor_model_parallel", False):
                 dim = parameter.partition_dim - (parameter.ndim - 2)  # type: ignore[attr-defined]
-            sharding = Sharding(tensor_parallel_size, dim)
+            sharding = Sharding(len(members), dim)
             shape = tuple(parameter.shape)
-            one = ShardedParameter(names[parameter], shape, rule.cut, sharding, ranges)
+            one = ShardedParameter(names[parameter], shape, rule.cut, sharding, ranges, members)
             found.append((parameter, one))
     return found
 
@@ -113,57 +131,35 @@ def shard_ranges(
     return tuple(found)
 
 
-def total_work(parameters: Sequence[ShardedParameter], rule: UpdateRule) -> tuple[float, float]:
-    """Return the work of all logical matrices of some parameters, and of the largest one."""
-    work = [
-        rule.flops(matrix.rows, matrix.columns)
-        for index, one in enumerate(parameters)
-        for matrix in logical_matrices(index, one.shape, one.cut, one.sharding)
-    ]
-    return sum(work), max(work, default=0.0)
-
-
-Group = tuple[Replicas, Sequence[ShardedParameter]]
-"""Who shares which parameters."""
-
-
-def plan_together(
-    dense: Group,
-    experts: Sequence[Group],
+def plan_stage(
+    stage: Stage,
+    dense: Sequence[ShardedParameter],
+    experts: Sequence[ShardedParameter],
     rule: UpdateRule,
-    teams: Sequence[int],
     wave_bytes: int = MAX_WAVE_BYTES,
-) -> tuple[HomePlan, list[HomePlan]]:
-    """Plan the dense instance, then the experts', so that a rank's work is balanced over both.
+) -> tuple[HomePlan, HomePlan]:
+    """Plan both instances of a stage at once, so that each rank's work is balanced over both.
+
+    An expert may find its home on another expert-parallel rank, where a large dense matrix leaves
+    its own too much to do.
 
     Args:
-        dense: of all ranks of a pipeline stage.
-        experts: one group for each set of ranks that share the same experts (a rank needs its own
-            alone), or none where experts belong to the dense instance.
+        stage: who holds what.
+        dense: parameters of the dense instance.
+        experts: parameters of any one expert-parallel rank; the others' lie alike.
         rule: for the work of a matrix.
-        teams: of each dense member: equal for those that share the same experts.
         wave_bytes: see ``plan_homes``.
+
+    Returns:
+        the dense instance's plan and the experts', which holds the parameters of all
+        expert-parallel ranks, one after the other.
     """
-    replicas, parameters = dense
-    width = len(replicas.ranks)
-    if not experts:
-        return plan_homes(parameters, rule.flops, width, wave_bytes=wave_bytes), []
-    total, largest = total_work(parameters, rule)
-    expert_replicas, expert_parameters = experts[0]
-    expert_total, expert_largest = total_work(expert_parameters, rule)
-    members, share = len(replicas.members), expert_total / len(expert_replicas.members)
-    limit = work_limit(total + share * members, members, max(largest, expert_largest))
-    plan = plan_homes(parameters, rule.flops, width, [share] * members, limit, teams, wave_bytes)
-    load = dict(zip(replicas.members, plan.work_flops, strict=True))
-    expert_plans = [
-        plan_homes(
-            some,
-            rule.flops,
-            len(own.ranks),
-            [load[rank] for rank in own.members],
-            limit,
-            wave_bytes=wave_bytes,
-        )
-        for own, some in experts
+    everyones = [
+        replace(one, name=f"ep{rank}.{one.name}", members=members)
+        for rank, members in enumerate(stage.experts)
+        for one in experts
     ]
-    return plan, expert_plans
+    plan = plan_homes([*dense, *everyones], rule.flops, len(stage.ranks), wave_bytes)
+    count = len(dense)
+    first, second = range(count), range(count, count + len(everyones))
+    return part_of_plan(plan, first, wave_bytes), part_of_plan(plan, second, wave_bytes)

@@ -321,16 +321,15 @@ def _stacks(exchange: Exchange, max_batch_bytes: int) -> Iterator[Stack]:
     """Yield the matrices that stay here, joined where they lie evenly spaced."""
     plan, member = exchange.plan, exchange.member
     kinds: dict[tuple[int, int, int, int], list[LogicalMatrix]] = {}
+    origins: dict[int, int] = {}
     for placed in plan.matrices:
         if placed.home == member and placed.stays:
             one = placed.matrix
-            kinds.setdefault((one.parameter, one.rows, one.columns, one.runs.length), []).append(
-                one
-            )
+            kind = (one.parameter, one.rows, one.columns, one.runs.length)
+            kinds.setdefault(kind, []).append(one)
+            origins[one.parameter] = placed.sources[0].origin
     for (parameter, rows, columns, _), matrices in kinds.items():
         matrices.sort(key=lambda one: one.runs.start)
-        ranges = plan.parameters[parameter].ranges
-        offset = ranges[member % len(ranges)][0]
         largest = max(1, max_batch_bytes // (4 * rows * columns))
         first = 0
         while first < len(matrices):
@@ -339,5 +338,5 @@ def _stacks(exchange: Exchange, max_batch_bytes: int) -> Iterator[Stack]:
             count = 1
             while count < len(starts) and starts[count] - starts[count - 1] == spacing:
                 count += 1
-            yield Stack(matrices[first], count, spacing, offset)
+            yield Stack(matrices[first], count, spacing, origins[parameter])
             first += count

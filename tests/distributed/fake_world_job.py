@@ -15,13 +15,9 @@ import time
 from typing import Any
 
 import torch
-from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_k2 import parallel
-from megatron_k2.model.specs import get_k2_decoder_block_spec
-from megatron_k2.presets import load_preset
-from tests.distributed.training_job import GROUP_SIZES, preset_config
+from megatron_k2.planning.stage import build_stage, enter_fake_world
+from tests.distributed.training_job import GROUP_SIZES
 
 
 def build_rank(
@@ -33,30 +29,11 @@ def build_rank(
 ) -> dict[str, Any]:
     """Build ``rank``'s part of ``preset``; return seconds, number of weights and layers."""
     start = time.perf_counter()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    torch.distributed.init_process_group(
-        "fake", store=FakeStore(), rank=rank, world_size=world_size
-    )
-    groups = parallel.initialize_model_parallel(
-        **{name: layout[name] for name in GROUP_SIZES if name in layout},
-        create_gloo_process_groups=False,
+    groups = enter_fake_world(
+        rank, world_size, **{name: layout[name] for name in GROUP_SIZES if name in layout}
     )
     groups_s = time.perf_counter() - start
-    config = preset_config(
-        preset, perform_initialization=False, bf16=True, params_dtype=torch.bfloat16,
-        pipeline_dtype=torch.bfloat16, transformer_impl=transformer_impl,
-        use_cpu_initialization=transformer_impl == "local",
-        init_model_with_meta_device=transformer_impl != "local", **layout,
-    )  # fmt: skip
-    chosen = load_preset(preset)
-    model_config = GPTModelConfig(
-        transformer=config, transformer_layer_spec=get_k2_decoder_block_spec,
-        vocab_size=int(chosen.value("vocab_size")),  # type: ignore[call-overload]
-        seq_length=4096, position_embedding_type="rope",
-    )  # fmt: skip
-    with torch.device("meta"):
-        model = GPTModelBuilder(model_config).build_model(groups)
+    model = build_stage(groups, preset, transformer_impl=transformer_impl, **layout)
     return {
         "groups_s": groups_s,
         "seconds": time.perf_counter() - start,

@@ -26,7 +26,6 @@ def test_groups_follow_the_layout(pool: Pool):
         stage = [0, 1] if rank < 2 else [2, 3]
         assert groups["max_logit"] == (stage, sum_of(stage))
         assert groups["optimizer_exchange"] == (stage, sum_of(stage))
-        assert groups["expert_optimizer_exchange"] == ([rank], sum_of([rank]))
 
 
 def test_tensor_parallel_ranks_keep_their_own_heads(pool: Pool):
@@ -54,7 +53,6 @@ def test_groups_are_recreated_after_reinitialisation(pool: Pool):
         assert first["optimizer_exchange"] == (stage, sum_of(stage))
         # Pieces of a matrix travel over tensor-parallel ranks as well.
         assert second["optimizer_exchange"] == ([0, 1, 2, 3], 15.0)
-        assert second["expert_optimizer_exchange"] == ([0, 1, 2, 3], 15.0)
         assert third == first
 
 

@@ -29,8 +29,8 @@ from megatron.core.utils import unwrap_model
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from megatron_k2 import parallel
-from megatron_k2.model.config import K2TransformerConfig
 from megatron_k2.model.specs import get_k2_decoder_block_spec
+from megatron_k2.planning.stage import preset_config
 from megatron_k2.presets import load_preset
 from tests.distributed.matrix import NUM_SEQUENCES
 
@@ -43,7 +43,6 @@ GROUP_SIZES = (
     "expert_model_parallel_size",
     "expert_tensor_parallel_size",
 )
-NOT_CONFIG = {"num_experts": "num_moe_experts", "swiglu": "gated_linear_unit"}
 
 
 @dataclass(frozen=True)
@@ -67,29 +66,6 @@ class Run:
     """Sequences of a step in the order of their microbatches."""
     digest: bool = False
     """Also return a SHA-256 of each gradient after the first step and each weight at the end."""
-
-
-def preset_config(name: str, **overrides: Any) -> K2TransformerConfig:
-    """Build a preset's K2TransformerConfig the way upstream's argument copy would."""
-    known = set(K2TransformerConfig.__dataclass_fields__)
-    values: dict[str, Any] = {}
-    for dest, entry in load_preset(name).fields.items():
-        target = NOT_CONFIG.get(dest, dest)
-        if target in known:
-            values[target] = entry.value
-    values["moe_layer_freq"] = eval(str(values.get("moe_layer_freq", 1)), {"__builtins__": {}})
-    values.update(
-        activation_func=torch.nn.functional.silu,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        apply_rope_fusion=False,
-        transformer_impl="local",
-        use_cpu_initialization=True,
-        deallocate_pipeline_outputs=True,
-    )
-    return K2TransformerConfig(**{**values, **overrides})
 
 
 def initialize(layout: dict[str, Any]) -> Any:

@@ -8,9 +8,11 @@ from math import prod
 import pytest
 import torch
 
+from megatron_k2.optimizer.directions import Orthogonaliser
 from megatron_k2.optimizer.exchange import Exchange, assemble, routes, take_apart
 from megatron_k2.optimizer.geometry import Runs, Sharding, logical_matrices, pieces
 from megatron_k2.optimizer.homes import HomePlan, ShardedParameter, plan_homes, work_limit
+from megatron_k2.optimizer.layout import plan_stage, stage_of
 from megatron_k2.optimizer.matrices import GATE_AND_UP, Cut, cut_matrices
 
 HEADS = Cut((3, 2), by="head")
@@ -47,8 +49,11 @@ def model(
         ("down", (7, 11), None, copies),
     ]
     ranges = even_ranges([prod(shape) for _, shape, _, _ in kinds], num_shards)
+    members = tuple(
+        tuple(range(t * num_shards, (t + 1) * num_shards)) for t in range(tensor_parallel_size)
+    )
     return [
-        ShardedParameter(name, shape, cut, sharding, own)
+        ShardedParameter(name, shape, cut, sharding, own, members)
         for (name, shape, cut, sharding), own in zip(kinds, ranges, strict=True)
     ]
 
@@ -59,12 +64,12 @@ def flops(rows: int, columns: int) -> float:
 
 @pytest.mark.parametrize(("tp", "shards"), [(1, 1), (1, 3), (1, 8), (2, 1), (2, 4), (4, 2)])
 def test_every_element_of_every_shard_is_read_or_copied_and_written_once(tp: int, shards: int):
-    plan = plan_homes(model(shards, tp), flops, tp)
+    plan = plan_homes(model(shards, tp), flops, tp * shards)
     for source_side in (True, False):
         covered = {
             (index, member): [0] * prod(one.shape)
             for index, one in enumerate(plan.parameters)
-            for member in range(plan.num_members)
+            for member in range(len(plan.work_flops))
         }
         for placed in plan.matrices:
             for piece in placed.sources if source_side else placed.sinks:
@@ -113,12 +118,12 @@ def test_blocks_of_columns_are_put_together_and_taken_apart():
 
 @pytest.mark.parametrize(("tp", "shards"), [(1, 4), (2, 3)])
 def test_both_ends_of_every_message_expect_the_same(tp: int, shards: int):
-    plan = plan_homes(model(shards, tp), flops, tp, wave_bytes=1000)
-    by_member = [routes(plan, member) for member in range(plan.num_members)]
+    plan = plan_homes(model(shards, tp), flops, tp * shards, wave_bytes=1000)
+    by_member = [routes(plan, member) for member in range(len(plan.work_flops))]
     assert len(plan.waves) > 1
     for wave in range(len(plan.waves)):
-        for one in range(plan.num_members):
-            for other in range(plan.num_members):
+        for one in range(len(plan.work_flops)):
+            for other in range(len(plan.work_flops)):
                 mine, theirs = by_member[one][wave], by_member[other][wave]
                 for sent, received in (
                     (mine.asked.get(other, []), theirs.given.get(one, [])),
@@ -128,11 +133,12 @@ def test_both_ends_of_every_message_expect_the_same(tp: int, shards: int):
 
 
 def test_what_lies_whole_at_a_member_stays_there_and_the_plan_is_deterministic():
-    parameters = [ShardedParameter("e", (8, 4, 4), None, Sharding(), ((0, 64), (64, 128)))]
-    plan = plan_homes(parameters, flops)
+    halves = ((0, 64), (64, 128))
+    parameters = [ShardedParameter("e", (8, 4, 4), None, Sharding(), halves, ((0, 1),))]
+    plan = plan_homes(parameters, flops, 2)
     assert [placed.home for placed in plan.matrices] == [0] * 4 + [1] * 4
     assert plan.waves == () and all(placed.stays for placed in plan.matrices)
-    assert plan == plan_homes(parameters, flops)
+    assert plan == plan_homes(parameters, flops, 2)
 
 
 def test_work_is_within_the_limit_where_matrices_are_many():
@@ -140,22 +146,36 @@ def test_work_is_within_the_limit_where_matrices_are_many():
     shapes = [(shape.randrange(4, 60), shape.randrange(4, 60)) for _ in range(200)]
     ranges = even_ranges([prod(one) for one in shapes], 8)
     parameters = [
-        ShardedParameter(str(i), one, None, Sharding(), own)
+        ShardedParameter(str(i), one, None, Sharding(), own, (tuple(range(8)),))
         for i, (one, own) in enumerate(zip(shapes, ranges, strict=True))
     ]
-    other = [0.0] * 7 + [sum(flops(*one) for one in shapes) / 16]
-    plan = plan_homes(parameters, flops, other_work_flops=other)
-    total = [a + b for a, b in zip(plan.work_flops, other, strict=True)]
-    assert max(total) <= work_limit(sum(total), 8, max(flops(*one) for one in shapes))
-    assert sum(plan.work_flops) == pytest.approx(sum(flops(*one) for one in shapes))
+    plan = plan_homes(parameters, flops, 8)
+    work = [flops(*one) for one in shapes]
+    assert max(plan.work_flops) <= work_limit(sum(work), 8, max(work))
+    assert sum(plan.work_flops) == pytest.approx(sum(work))
+
+
+def test_experts_leave_a_rank_that_has_a_large_dense_matrix():
+    """Two expert-parallel ranks of one member each; the first also holds a matrix worth 8."""
+    stage = stage_of([(10, 0, 0, 0, 0, 0), (11, 0, 1, 1, 0, 0)], apart=True)
+    assert stage.experts == (((0,),), ((1,),)) and stage.dense == ((0, 1),)
+    dense = [ShardedParameter("d", (8, 8), None, Sharding(), ((0, 64), (0, 0)), stage.dense)]
+    experts = [ShardedParameter("e", (16, 4, 4), None, Sharding(), ((0, 256),))]
+    rule = Orthogonaliser()
+    first, second = plan_stage(stage, dense, experts, rule)
+    assert [one.name for one in second.parameters] == ["ep0.e", "ep1.e"]
+    assert first.work_flops == second.work_flops, "of both instances together"
+    assert max(first.work_flops) <= 1.1 * sum(first.work_flops) / 2
+    assert first.waves == () and second.waves
+    assert {second.matrices[i].home for wave in second.waves for i in wave} == {1}
 
 
 def test_a_member_holds_no_more_of_a_wave_than_asked():
     parameters = model(4)
-    plan = plan_homes(parameters, flops, wave_bytes=1500)
+    plan = plan_homes(parameters, flops, 4, wave_bytes=1500)
     for wave in plan.waves:
         if len(wave) > 1:
-            at_home = [0] * plan.num_members
+            at_home = [0] * len(plan.work_flops)
             for index in wave:
                 at_home[plan.matrices[index].home] += 16 * plan.matrices[index].matrix.numel
             assert max(at_home) <= 1500
@@ -169,17 +189,10 @@ def test_a_single_process_exchanges_nothing():
 
 def test_pieces_of_copies_name_every_holder():
     (matrix,) = logical_matrices(0, (2, 2), None, Sharding(2, None))
-    found = pieces(matrix, [(0, 3), (3, 4)], 2)
+    found = pieces(matrix, [(0, 3), (3, 4)], [[0, 1], [2, 3]])
     assert [(p.member, p.start, p.stop) for p in found] == [
         (0, 0, 3),
         (1, 3, 4),
         (2, 0, 3),
         (3, 3, 4),
     ]
-
-
-def test_different_numbers_of_shards_are_refused():
-    one = ShardedParameter("a", (2, 2), None, Sharding(), ((0, 4),))
-    two = ShardedParameter("b", (2, 2), None, Sharding(), ((0, 2), (2, 4)))
-    with pytest.raises(ValueError, match=r"shards over \[1, 2\]"):
-        plan_homes([one, two], flops)
