@@ -9,15 +9,17 @@ element-wise work is done on the shard where it lies; nothing is read back to th
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from megatron_k2.optimizer.directions import (
-    MAX_BATCH_BYTES,
+    BATCH_BYTES,
     Orthogonaliser,
     UpdateRule,
     batches,
@@ -77,7 +79,7 @@ class MuonClip(torch.optim.Optimizer):
         betas, eps: of AdamW.
         rule: from momenta to directions.
         momentum_dtype: of Muon's state; fp32, or bf16 for half the bytes.
-        max_batch_bytes: cap of one call of the rule.
+        max_batch_bytes: cap of one call of the rule; None for the device's (``BATCH_BYTES``).
 
     Raises:
         ValueError: a number out of range.
@@ -94,7 +96,7 @@ class MuonClip(torch.optim.Optimizer):
         eps: float = EPS,
         rule: UpdateRule | None = None,
         momentum_dtype: torch.dtype = torch.float32,
-        max_batch_bytes: int = MAX_BATCH_BYTES,
+        max_batch_bytes: int | None = None,
     ) -> None:
         for name, value, allowed in (
             ("lr", lr, lr >= 0),
@@ -104,7 +106,7 @@ class MuonClip(torch.optim.Optimizer):
             if not allowed:
                 raise ValueError(f"MuonClip: {name} {value} is out of range")
         self.rule: UpdateRule = rule or Orthogonaliser()
-        self.momentum_dtype, self.max_batch_bytes = momentum_dtype, max_batch_bytes
+        self.momentum_dtype, self._batch_bytes = momentum_dtype, max_batch_bytes
         self.exchange: Exchange | None = None
         self.clip: QKClip | None = None
         defaults = dict(
@@ -157,8 +159,19 @@ class MuonClip(torch.optim.Optimizer):
             clip: applied after the update.
         """
         self.exchange, self.shards, self.clip = exchange, list(shards), clip
+        own = self._batch_bytes or BATCH_BYTES.get(exchange.device.type, BATCH_BYTES["cpu"])
+        self.max_batch_bytes = own
         self._group_of = {id(p): group for group in self.param_groups for p in group["params"]}
         self.stacks = list(_stacks(exchange, self.max_batch_bytes))
+        held: Counter[int] = Counter()
+        for stack in self.stacks:
+            held[stack.matrix.parameter] += prod(stack.shape)
+        self._settled = {
+            id(shard)
+            for index, shard in enumerate(self.shards)
+            if shard is not None and held[index] == shard.numel()
+        }
+        """Shards that are stacks and nothing else: momentum and decay are done with the rest."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 self.init_state(parameter, group)
@@ -194,7 +207,8 @@ class MuonClip(torch.optim.Optimizer):
             group["step"] += 1
             parameters = [p for p in group["params"] if p.grad is not None]
             if group["algorithm"] == "muon":
-                self._momentum_step(parameters, group)
+                travelling = [p for p in parameters if id(p) not in self._settled]
+                self._momentum_step(travelling, group)
             else:
                 self._adamw_step(parameters, group)
         self._muon_step()
@@ -204,17 +218,16 @@ class MuonClip(torch.optim.Optimizer):
 
     def _momentum_step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         """Take the gradients into the momenta, and decay the weights."""
-        if not parameters:
-            return
-        momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-        grads = [p.grad.float() for p in parameters if p.grad is not None]
-        if self.momentum_dtype == torch.float32:
-            torch._foreach_mul_(momenta, group["momentum"])
-            torch._foreach_add_(momenta, grads)
+        for parameter in parameters:
+            assert parameter.grad is not None
+            self._accumulate_(self.state[parameter]["momentum_buffer"], parameter.grad, group)
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+
+    def _accumulate_(self, momentum: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        if momentum.dtype == torch.float32:
+            momentum.mul_(group["momentum"]).add_(grad)
         else:
-            for momentum, grad in zip(momenta, grads, strict=True):
-                momentum.copy_(torch.add(grad, momentum.float(), alpha=group["momentum"]))
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            momentum.copy_(momentum.float().mul_(group["momentum"]).add_(grad))
 
     def _muon_step(self) -> None:
         """Orthogonalise what is at home here; send, receive and apply the rest."""
@@ -244,6 +257,9 @@ class MuonClip(torch.optim.Optimizer):
             for stack, direction in zip(chosen, directions, strict=True):
                 parameter = self._shard(stack.matrix.parameter)
                 view = stack.view(parameter)
+                if id(parameter) in self._settled:
+                    group = self._group_of[id(parameter)]
+                    view.mul_(1 - group["lr"] * group["weight_decay"])
                 update = self.exchange.round(direction).reshape(view.shape)
                 view.add_(update, alpha=-self._rate(parameter, stack.matrix))
 
@@ -278,8 +294,13 @@ class MuonClip(torch.optim.Optimizer):
         return momentum.to(self.exchange.wire_dtype)
 
     def _read_stack(self, stack: Stack) -> Tensor:
-        ahead = self._ahead(self._shard(stack.matrix.parameter), stack.view)
-        return ahead.reshape(stack.shape)
+        parameter = self._shard(stack.matrix.parameter)
+        if id(parameter) in self._settled:
+            assert parameter.grad is not None, "stacks without a gradient are left out"
+            momentum = stack.view(self.state[parameter]["momentum_buffer"])
+            group = self._group_of[id(parameter)]
+            self._accumulate_(momentum, stack.view(parameter.grad), group)
+        return self._ahead(parameter, stack.view).reshape(stack.shape)
 
     def _matrix(self, index: int) -> LogicalMatrix:
         assert self.exchange is not None
