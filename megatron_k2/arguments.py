@@ -237,6 +237,13 @@ def _add_optimizer_args(parser: argparse.ArgumentParser) -> None:
         metavar="BYTES",
         help="Cap of what a rank holds at once of matrices that travel, beside its shards.",
     )
+    group.add_argument(
+        "--k2-log-optimizer-interval",
+        type=int,
+        metavar="STEPS",
+        help="Measure update sizes, orthogonality and clipped heads every so many steps; 0 never. "
+        "Default: --log-interval.",
+    )
 
 
 def validate_k2_args(args: argparse.Namespace) -> None:
@@ -336,6 +343,8 @@ def finish_k2_args(args: argparse.Namespace) -> None:
     """Set what follows from the validated arguments."""
     if args.k2_is_muonclip:
         args.optimizer = MUONCLIP
+        if args.k2_log_optimizer_interval is None:
+            args.k2_log_optimizer_interval = args.log_interval
     args.delay_wgrad_compute = args.k2_delay_wgrad_compute
     # Upstream ties its logging of the maximum logit to Transformer Engine >= 2.9; ours needs none.
     args.k2_te_max_attention_logit = bool(args.log_max_attention_logit)

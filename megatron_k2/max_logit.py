@@ -140,6 +140,11 @@ def _records(model_chunk: torch.nn.Module) -> dict[int, MaxLogitRecord]:
     return dict(sorted(found.items()))
 
 
+def recorded_layers(model_chunk: torch.nn.Module) -> list[int]:
+    """Return the 1-based numbers of a chunk's recording layers, in the order of its buffer."""
+    return list(_records(model_chunk))
+
+
 def recording_attentions(model_chunk: torch.nn.Module) -> list[torch.nn.Module]:
     """Return the attention layers of a chunk, in the order of the rows of its buffer."""
     parents = {

@@ -3,8 +3,9 @@
 The bias of every expert moves once per global batch by ``updated_expert_bias`` (both published
 rules). The counts reduced for that are kept on the routers, and their ratio of largest to mean load
 (Moonlight's MaxVio plus one; 1 is perfect balance) goes through upstream's MoE metrics to
-TensorBoard and the iteration line as ``expert balance``. Upstream reports only the names that its
-training loop lists, hence ``patches/megatron_core/expert_balance_log.py``.
+TensorBoard and the iteration line as ``expert balance``, and the number of experts that saw no
+token in the step, whose update is momentum alone, as ``cold experts``. Upstream reports only the
+names that its training loop lists, hence ``patches/megatron_core/expert_balance_log.py``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 from megatron_k2.model.router import K2TopKRouter, updated_expert_bias
 
 METRIC = "expert balance"
+COLD = "cold experts"
 
 
 def load_ratio(tokens_per_expert: Tensor) -> Tensor:
@@ -73,15 +75,17 @@ def update_expert_bias_(
     bias = torch.stack([router.expert_bias for router in routers])
     rule = getattr(config, "k2_router_bias_rule", "sign")
     updated = updated_expert_bias(bias, tokens, config.moe_router_bias_update_rate, rule)
-    for router, new_bias, load, ratio in zip(
-        routers, updated, tokens, load_ratio(tokens), strict=True
+    cold = (tokens == 0).sum(dim=-1).float()
+    for router, new_bias, load, ratio, none in zip(
+        routers, updated, tokens, load_ratio(tokens), cold, strict=True
     ):
         router.expert_bias.copy_(new_bias)
         if isinstance(router, K2TopKRouter) and not router.is_mtp_layer:
             router.last_tokens_per_expert = load
-            get_moe_metrics_tracker().record(
-                METRIC, ratio, router.layer_number, config.num_layers, needs_dp_avg=False
-            )
+            for name, value in ((METRIC, ratio), (COLD, none)):
+                get_moe_metrics_tracker().record(
+                    name, value, router.layer_number, config.num_layers, needs_dp_avg=False
+                )
 
 
 def expert_balance(model: Sequence[torch.nn.Module]) -> dict[int, Tensor]:
@@ -113,22 +117,25 @@ def report_balance(
     Args are ``MoEMetricsTracker.report``'s. Without ``num_layers`` nothing is reported.
 
     Returns:
-        `` expert balance: 1.31 |``, the mean over MoE layers, or an empty string without routers.
+        `` expert balance: 1.31 | cold experts: 0 |``, the mean over MoE layers and the sum, or an
+        empty string without routers.
 
     Collective: all-reduce over the pipeline group - every rank must call.
     """
     if num_layers is None:
         return ""
-    tracker.ensure_initialized(METRIC, num_layers)
-    tracker.metrics[METRIC].needs_dp_avg = False
-    tracker._sync_metrics([METRIC], pg_collection)
-    ratios = tracker._metrics.pop(METRIC).values
-    layers = {index + 1: ratio for index, ratio in enumerate(ratios.tolist()) if ratio > 0}
+    for name in (METRIC, COLD):
+        tracker.ensure_initialized(name, num_layers)
+        tracker.metrics[name].needs_dp_avg = False
+    tracker._sync_metrics([METRIC, COLD], pg_collection)
+    ratios, cold = (tracker._metrics.pop(name).values.tolist() for name in (METRIC, COLD))
+    layers = {index + 1: ratio for index, ratio in enumerate(ratios) if ratio > 0}
     if not layers:
         return ""
     mean = sum(layers.values()) / len(layers)
-    scalars = {METRIC: mean}
+    scalars = {METRIC: mean, COLD: sum(cold)}
     if per_layer_logging:
         scalars |= {f"moe/{METRIC}_layer_{layer}": ratio for layer, ratio in layers.items()}
+        scalars |= {f"moe/{COLD}_layer_{layer}": cold[layer - 1] for layer in layers}
     tracker._log_scalars(scalars, iteration, writer, wandb_writer)
-    return tracker._format({METRIC: mean})
+    return f"{tracker._format({METRIC: mean})} {COLD}: {sum(cold):.0f} |"

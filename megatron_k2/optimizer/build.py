@@ -8,6 +8,7 @@ Groups of parameters, buffers and process groups come from upstream's own functi
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -20,7 +21,12 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config, log_single_rank
 
-from megatron_k2.max_logit import bind_max_logit_buffer, recording_attentions
+from megatron_k2.max_logit import (
+    bind_max_logit_buffer,
+    recorded_layers,
+    recording_attentions,
+)
+from megatron_k2.optimizer import telemetry
 from megatron_k2.optimizer.config import MuonClipConfig
 from megatron_k2.optimizer.directions import UpdateRule
 from megatron_k2.optimizer.distributed import MuonClipInstance, MuonClipOptimizer, attach
@@ -94,7 +100,12 @@ def get_muonclip_optimizer(
         assignments = [assign(name, p.shape, rules) for p, name in names.items()]
         table = assignment_table(assignments)
         log_single_rank(logger, logging.INFO, f"MuonClip, this rank's parameters:\n{table}")
-    return MuonClipOptimizer(present)
+    optimizer = MuonClipOptimizer(present)
+    optimizer.layer_numbers = tuple(
+        number for chunk in model_chunks for number in recorded_layers(chunk)
+    )
+    telemetry.live = weakref.ref(optimizer)
+    return optimizer
 
 
 def refuse_unsupported(config: MuonClipConfig, model_chunks: Chunks) -> None:
@@ -240,7 +251,17 @@ def _plan(
             after = len(plan.parameters) - before - len(parameters)
             parameters = [*[None] * before, *parameters, *[None] * after]
         clip = _clip(config, model_chunks, instance) if config.k2_qk_clip and not expert else None
-        attach(instance, parameters, plan, member, stage.ranks, group, (wire, narrow), clip)
+        attach(
+            instance,
+            parameters,
+            plan,
+            member,
+            stage.ranks,
+            group,
+            (wire, narrow),
+            clip,
+            config.k2_log_optimizer_interval or 0,
+        )
 
 
 def _stage(pgs: ProcessGroupCollection, *, apart: bool) -> tuple[Stage, int]:

@@ -91,9 +91,7 @@ class Orthogonaliser:
         return method_flops(method, rows, columns, len(self.coefficients))
 
 
-def batches(
-    shapes: Sequence[tuple[int, int, int]], max_batch_bytes: int
-) -> list[list[int]]:
+def batches(shapes: Sequence[tuple[int, int, int]], max_batch_bytes: int) -> list[list[int]]:
     """Group entries that can share one call of the rule.
 
     Args:

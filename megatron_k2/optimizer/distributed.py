@@ -22,6 +22,7 @@ from megatron_k2.optimizer.homes import HomePlan
 from megatron_k2.optimizer.muonclip import MuonClip
 from megatron_k2.optimizer.qk_clip import QKClip
 from megatron_k2.optimizer.state import OptimizerState
+from megatron_k2.optimizer.telemetry import Telemetry, report
 
 
 class MuonClipInstance(DistributedOptimizer):  # type: ignore[misc]
@@ -71,6 +72,20 @@ class MuonClipOptimizer(ChainedOptimizer):  # type: ignore[misc]
     """Dense and expert instances as one optimizer, whose state does not depend on the layout."""
 
     chained_optimizers: list[MuonClipInstance]
+    layer_numbers: tuple[int, ...] = ()
+    """From 1, of the rows of the clip's maxima."""
+
+    def report(self, num_layers: int) -> dict[str, float]:
+        """Return the figures of the last measured step (``telemetry.report``).
+
+        Collective: two all-reduces over the default group - every rank must call.
+        """
+        inner = [one.optimizer for one in self.instances]
+        clip = next((one.clip for one in inner if one.clip is not None), None)
+        device = next(self.model_chunks[0].parameters()).device
+        return report(
+            [one.telemetry for one in inner], clip, self.layer_numbers, num_layers, device
+        )
 
     @property
     def instances(self) -> list[MuonClipInstance]:
@@ -102,6 +117,7 @@ def attach(
     group: torch.distributed.ProcessGroup | None,
     dtypes: tuple[torch.dtype, torch.dtype],
     clip: QKClip | None = None,
+    telemetry_interval: int = 0,
 ) -> None:
     """Give an instance's ``MuonClip`` its shards, plan and clip.
 
@@ -114,9 +130,10 @@ def attach(
         group: the members' own; None for one member.
         dtypes: number format of pieces on their way to a home, and of results.
         clip: applied after the update.
+        telemetry_interval: steps between measurements, 0 for none.
     """
     device = instance.buffers[0].buckets[0].grad_data.device
     exchange = Exchange(plan, member, ranks, group, *dtypes, device)
     owned = instance.model_param_group_index_map
     shards = [instance.shard_of(p) if p is not None and p in owned else None for p in parameters]
-    instance.optimizer.attach(exchange, shards, clip)
+    instance.optimizer.attach(exchange, shards, clip, Telemetry(telemetry_interval, device))

@@ -30,6 +30,7 @@ from megatron_k2.optimizer.geometry import LogicalMatrix, Sharding
 from megatron_k2.optimizer.homes import ShardedParameter, plan_homes
 from megatron_k2.optimizer.matrices import Rule, assign
 from megatron_k2.optimizer.qk_clip import QKClip
+from megatron_k2.optimizer.telemetry import Telemetry
 
 MOMENTUM = 0.95  # Muon, Moonlight
 BETAS, EPS = (0.9, 0.95), 1e-8  # Moonlight's AdamW
@@ -109,6 +110,7 @@ class MuonClip(torch.optim.Optimizer):
         self.momentum_dtype, self._batch_bytes = momentum_dtype, max_batch_bytes
         self.exchange: Exchange | None = None
         self.clip: QKClip | None = None
+        self.telemetry = Telemetry(0, torch.device("cpu"))
         defaults = dict(
             lr=lr,
             weight_decay=weight_decay,
@@ -149,7 +151,11 @@ class MuonClip(torch.optim.Optimizer):
         return optimizer
 
     def attach(
-        self, exchange: Exchange, shards: Sequence[Tensor | None], clip: QKClip | None = None
+        self,
+        exchange: Exchange,
+        shards: Sequence[Tensor | None],
+        clip: QKClip | None = None,
+        telemetry: Telemetry | None = None,
     ) -> None:
         """Say which shards there are; creates the state.
 
@@ -157,8 +163,10 @@ class MuonClip(torch.optim.Optimizer):
             exchange: of this member, with the plan.
             shards: this member's shard of each parameter of the plan, contiguous; None for none.
             clip: applied after the update.
+            telemetry: sees every direction.
         """
         self.exchange, self.shards, self.clip = exchange, list(shards), clip
+        self.telemetry = telemetry or Telemetry(0, exchange.device)
         own = self._batch_bytes or BATCH_BYTES.get(exchange.device.type, BATCH_BYTES["cpu"])
         self.max_batch_bytes = own
         self._group_of = {id(p): group for group in self.param_groups for p in group["params"]}
@@ -211,6 +219,7 @@ class MuonClip(torch.optim.Optimizer):
                 self._momentum_step(travelling, group)
             else:
                 self._adamw_step(parameters, group)
+        self.telemetry.begin(max((group["step"] for group in self.param_groups), default=0))
         self._muon_step()
         if self.clip is not None:
             self.clip.apply_()
@@ -255,6 +264,7 @@ class MuonClip(torch.optim.Optimizer):
             chosen = [stacks[position] for position in batch]
             directions = directions_of([self._read_stack(one) for one in chosen], self.rule)
             for stack, direction in zip(chosen, directions, strict=True):
+                self._observe(stack.matrix, direction)
                 parameter = self._shard(stack.matrix.parameter)
                 view = stack.view(parameter)
                 if id(parameter) in self._settled:
@@ -272,7 +282,16 @@ class MuonClip(torch.optim.Optimizer):
             chosen = [indices[position] for position in batch]
             directions = directions_of([momenta.pop(index) for index in chosen], self.rule)
             found.update(zip(chosen, directions, strict=True))
+            for index, direction in zip(chosen, directions, strict=True):
+                self._observe(self._matrix(index), direction)
         return found
+
+    def _observe(self, matrix: LogicalMatrix, directions: Tensor) -> None:
+        if self.telemetry.active:
+            assert self.exchange is not None
+            name = self.exchange.plan.parameters[matrix.parameter].name
+            scale = self.rule.scale(matrix.rows, matrix.columns)
+            self.telemetry.observe(name, directions, scale)
 
     def _shard(self, index: int) -> Tensor:
         shard = self.shards[index]

@@ -4,7 +4,7 @@ Upstream's ``clip_qk`` reads Transformer Engine's rounded maxima, reaches throug
 an fp32 model does not have, and reduces layer by layer. For a model of K2's core attention the
 value comes from the chunk's static buffer with one scalar reduction; other models, and clipping
 itself, go to the original. Upstream writes the value to TensorBoard only; the second patch puts the
-largest one since the last line into the iteration line as well.
+largest one since the last line into the iteration line as well, with MuonClip's own figures.
 """
 
 from __future__ import annotations
@@ -53,15 +53,49 @@ def _with_max_in_line(original: Callable[..., bool]) -> Any:
         """Log an iteration; the line also holds the largest logit since the last line."""
         # Positions after total_loss_dict: learning rate, iteration, loss scale, memory flag,
         # skipped, gradient norm, parameter norm, zeros, maximum logit.
+        iteration = args[1] if len(args) > 1 else kw["iteration"]
         largest = args[8] if len(args) > 8 else kw.get("max_attention_logit")
         if largest:
-            # The line prints the mean over the iterations of everything in this dictionary.
-            iterations = total.get("advanced iterations", 0)
-            before = float(total.get(_LINE, 0.0)) / max(1, iterations)
-            total[_LINE] = torch.tensor([max(before, largest) * (iterations + 1)])
+            _show(total, _LINE, largest, max)
+        for name, value in _optimizer_figures(iteration).items():
+            _show(total, name, value, lambda before, now: now)
         return original(loss_dict, total, *args, **kw)
 
     return training_log
+
+
+def _show(
+    total: dict[str, Any], name: str, value: float, join: Callable[[float, float], float]
+) -> None:
+    """Have the iteration line print a value; it prints means over the iterations since the last."""
+    iterations = total.get("advanced iterations", 0)
+    before = float(total.get(name, 0.0)) / max(1, iterations)
+    total[name] = torch.tensor([join(before, value) * (iterations + 1)])
+
+
+def _optimizer_figures(iteration: int) -> dict[str, float]:
+    """Write MuonClip's figures to TensorBoard where it measured them; return those for the line.
+
+    Collective: ``telemetry.report``'s, on every rank in the same iterations.
+    """
+    from megatron.training.global_vars import get_args, get_tensorboard_writer
+
+    from megatron_k2.optimizer import telemetry
+
+    args = get_args()
+    interval = getattr(args, "k2_log_optimizer_interval", None)
+    optimizer = telemetry.live() if telemetry.live is not None else None
+    if not getattr(args, "k2_is_muonclip", False) or not interval or optimizer is None:
+        return {}
+    if iteration % interval:
+        return {}
+    figures = optimizer.report(args.num_layers + (args.mtp_num_layers or 0))
+    writer = get_tensorboard_writer()
+    if writer:
+        for tag, value in figures.items():
+            writer.add_scalar(tag, value, iteration)
+    shown = {"heads clipped": "k2/heads-clipped", "expert update rms": "k2/update-rms/experts"}
+    return {name: figures[tag] for name, tag in shown.items() if tag in figures}
 
 
 def _line_lacks_it() -> bool:

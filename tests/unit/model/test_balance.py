@@ -90,7 +90,7 @@ def test_load_of_the_last_step_is_kept_and_reported() -> None:
         0.25, 1, writer=writer, per_layer_logging=True, track_names=[], num_layers=3
     )
     ratio = float(load_ratio(load))
-    assert text == f" expert balance: {ratio:.2f} |"
+    assert text == f" expert balance: {ratio:.2f} | cold experts: 0 |"
     assert writer.scalars["expert balance"] == pytest.approx(ratio)
     assert writer.scalars["moe/expert balance_layer_2"] == pytest.approx(ratio)
     again = get_moe_metrics_tracker().report(0.25, 2, writer=writer, track_names=[], num_layers=3)
