@@ -169,6 +169,8 @@ class QKClip:
         self.gamma: Tensor | None = None
         self.broken: Tensor | None = None
         """Heads of the last step with a maximum that is not finite: bool [layers, heads]."""
+        self.counts: Tensor | None = None
+        """fp32 [3]: heads clipped, heads broken, heads in all, summed over steps."""
 
     def start(self) -> None:
         """Begin to reduce the maxima. Collective: all-reduce (MAX) over ``group``."""
@@ -188,6 +190,9 @@ class QKClip:
             self._work.wait()
             self._work = None
         self.gamma, self.broken = clip_factors(self.maxima, self.threshold)
+        hot = (self.gamma < 1).sum()
+        counts = torch.stack([hot, self.broken.sum(), torch.full_like(hot, self.gamma.numel())])
+        self.counts = counts.float() if self.counts is None else self.counts + counts
         for one in self.rows:
             factors = one.factors(self.gamma[one.layer])
             scale_rows_(one.shard, one.start, one.columns, factors)

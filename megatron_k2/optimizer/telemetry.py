@@ -94,7 +94,7 @@ def report(
     Returns:
         ``k2/update-rms/KIND``, ``k2/orthogonality-residual/KIND`` (root mean square, over rows, of
         the distance of ``X X^T`` from the identity), ``k2/heads-clipped`` and ``k2/heads-broken``
-        (shares), ``k2/max-logit/layer-NN``.
+        (shares, over all steps since the last report), ``k2/max-logit/layer-NN``.
 
     Collective: two all-reduces over the default group - every rank must call.
     """
@@ -102,13 +102,10 @@ def report(
     for one in telemetries:
         sums[:-1] += one.sums
     largest = torch.full((num_layers,), -torch.inf, device=device)
-    if clip is not None and clip.maxima is not None and clip.gamma is not None:
-        assert clip.broken is not None
+    if clip is not None and clip.maxima is not None and clip.counts is not None:
         replicas = dist.get_world_size(clip.group) if clip.group is not None else 1
-        heads = torch.stack(
-            [(clip.gamma < 1).sum(), clip.broken.sum(), clip.gamma.new_tensor(clip.gamma.numel())]
-        )
-        sums[-1, :3] = heads.float() / replicas  # every data-parallel rank counts the same heads
+        sums[-1, :3] = clip.counts / replicas  # every data-parallel rank counts the same heads
+        clip.counts = None
         rows = torch.tensor([number - 1 for number in layer_numbers], device=device)
         largest.scatter_(0, rows, clip.maxima.amax(dim=1))
     dist.all_reduce(sums)
