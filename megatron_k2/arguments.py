@@ -238,6 +238,13 @@ def _add_optimizer_args(parser: argparse.ArgumentParser) -> None:
         help="Cap of what a rank holds at once of matrices that travel, beside its shards.",
     )
     group.add_argument(
+        "--k2-optimizer-offload",
+        choices=("none", "moments", "all"),
+        default="none",
+        help="Keep optimizer state in host memory between steps: nothing, momenta and moments, or "
+        "the fp32 weights as well. Bits do not change.",
+    )
+    group.add_argument(
         "--k2-log-optimizer-interval",
         type=int,
         metavar="STEPS",

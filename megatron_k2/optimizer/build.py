@@ -121,6 +121,8 @@ def refuse_unsupported(config: MuonClipConfig, model_chunks: Chunks) -> None:
             config.optimizer_cpu_offload,
         "--overlap-param-gather-with-optimizer-step":
             config.overlap_param_gather_with_optimizer_step,
+        "--k2-optimizer-offload all needs --bf16 (fp32 weights are their own shards)":
+            config.k2_optimizer_offload == "all" and not config.bf16,
         "--muon-scalar-optimizer other than adam": config.muon_scalar_optimizer != "adam",
     }  # fmt: skip
     for what, found in refused.items():
@@ -261,6 +263,7 @@ def _plan(
             (wire, narrow),
             clip,
             config.k2_log_optimizer_interval or 0,
+            config.k2_optimizer_offload,
         )
 
 

@@ -18,6 +18,7 @@ from megatron_k2.optimizer.coefficients import coefficient_schedule
 from megatron_k2.optimizer.directions import Orthogonaliser, UpdateRule
 from megatron_k2.optimizer.homes import MAX_WAVE_BYTES
 from megatron_k2.optimizer.matrices import Split
+from megatron_k2.optimizer.muonclip import Offload
 from megatron_k2.optimizer.rules import load_rule, register_rule
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -34,6 +35,7 @@ class MuonClipConfig(OptimizerConfig):
         k2_muon_wire: number format of what travels to a home: fp32, or bf16 for half the bytes.
         k2_muon_momentum: number format of the momentum between steps: fp32 or bf16.
         k2_muon_wave_bytes: cap of a wave of travelling matrices, see ``homes.py``.
+        k2_optimizer_offload: what lies in host memory between steps, see ``offload.py``.
         k2_log_optimizer_interval: steps between measurements of the updates, 0 or None for none.
         k2_qk_clip: apply QK-Clip at the end of the step.
         qk_clip_threshold, qk_clip_alpha: tau and the query's share, as upstream.
@@ -53,6 +55,7 @@ class MuonClipConfig(OptimizerConfig):
     k2_muon_wire: str = "fp32"
     k2_muon_momentum: str = "fp32"
     k2_muon_wave_bytes: int = MAX_WAVE_BYTES
+    k2_optimizer_offload: Offload = "none"
     k2_log_optimizer_interval: int | None = None
     k2_qk_clip: bool = True
     qk_clip_threshold: float = 100.0

@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_k2.max_logit import reset_max_logits
 from megatron_k2.optimizer.exchange import Exchange
 from megatron_k2.optimizer.homes import HomePlan
-from megatron_k2.optimizer.muonclip import MuonClip
+from megatron_k2.optimizer.muonclip import MuonClip, Offload
 from megatron_k2.optimizer.qk_clip import QKClip
 from megatron_k2.optimizer.state import OptimizerState
 from megatron_k2.optimizer.telemetry import Telemetry, report
@@ -36,6 +36,20 @@ class MuonClipInstance(DistributedOptimizer):  # type: ignore[misc]
         if not self.is_stub_optimizer and self.optimizer.clip is not None:
             for chunk in self.model_chunks:
                 reset_max_logits(chunk)
+
+    def _copy_main_params_to_model_params(self) -> None:
+        super()._copy_main_params_to_model_params()
+        self.optimizer.release_shards()
+
+    def _copy_main_params_to_param_buffer(self) -> None:
+        self.optimizer.fetch_shards()
+        super()._copy_main_params_to_param_buffer()
+        self.optimizer.release_shards()
+
+    def _copy_model_params_to_main_params(self, state_dict: Any = None) -> None:
+        self.optimizer.fetch_shards()
+        super()._copy_model_params_to_main_params(state_dict)
+        self.optimizer.release_shards()
 
     @property
     def optimizer_state_keys(self) -> tuple[str, ...]:
@@ -118,6 +132,7 @@ def attach(
     dtypes: tuple[torch.dtype, torch.dtype],
     clip: QKClip | None = None,
     telemetry_interval: int = 0,
+    offload: Offload = "none",
 ) -> None:
     """Give an instance's ``MuonClip`` its shards, plan and clip.
 
@@ -131,9 +146,11 @@ def attach(
         dtypes: number format of pieces on their way to a home, and of results.
         clip: applied after the update.
         telemetry_interval: steps between measurements, 0 for none.
+        offload: what lies in host memory between steps.
     """
     device = instance.buffers[0].buckets[0].grad_data.device
     exchange = Exchange(plan, member, ranks, group, *dtypes, device)
     owned = instance.model_param_group_index_map
     shards = [instance.shard_of(p) if p is not None and p in owned else None for p in parameters]
-    instance.optimizer.attach(exchange, shards, clip, Telemetry(telemetry_interval, device))
+    telemetry = Telemetry(telemetry_interval, device)
+    instance.optimizer.attach(exchange, shards, clip, telemetry, offload)

@@ -10,10 +10,9 @@ element-wise work is done on the shard where it lies; nothing is read back to th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from math import prod
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -29,43 +28,15 @@ from megatron_k2.optimizer.exchange import Exchange, Span, Wave
 from megatron_k2.optimizer.geometry import LogicalMatrix, Sharding
 from megatron_k2.optimizer.homes import ShardedParameter, plan_homes
 from megatron_k2.optimizer.matrices import Rule, assign
+from megatron_k2.optimizer.offload import HostOffload
 from megatron_k2.optimizer.qk_clip import QKClip
+from megatron_k2.optimizer.stacks import Stack, stacks_of
 from megatron_k2.optimizer.telemetry import Telemetry
 
+Offload = Literal["none", "moments", "all"]
 MOMENTUM = 0.95  # Muon, Moonlight
 BETAS, EPS = (0.9, 0.95), 1e-8  # Moonlight's AdamW
 WEIGHT_DECAY = 0.1  # both reports
-
-
-@dataclass(frozen=True)
-class Stack:
-    """Matrices of one parameter that lie whole in this rank's shard, evenly spaced.
-
-    Attributes:
-        matrix: the first one.
-        count: how many.
-        spacing: elements of the flat tensor between them.
-        offset: where the shard begins in the flat tensor.
-    """
-
-    matrix: LogicalMatrix
-    count: int
-    spacing: int
-    offset: int
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """How many, rows, columns."""
-        return self.count, self.matrix.rows, self.matrix.columns
-
-    def view(self, flat: Tensor) -> Tensor:
-        """Return [count, runs, rows of a run, columns] of a contiguous shard, without a copy."""
-        runs, columns = self.matrix.runs, self.matrix.columns
-        return flat.as_strided(
-            (self.count, runs.count, runs.length // columns, columns),
-            (self.spacing, runs.stride, columns, 1),
-            flat.storage_offset() + runs.start - self.offset,
-        )
 
 
 class MuonClip(torch.optim.Optimizer):
@@ -111,6 +82,7 @@ class MuonClip(torch.optim.Optimizer):
         self.exchange: Exchange | None = None
         self.clip: QKClip | None = None
         self.telemetry = Telemetry(0, torch.device("cpu"))
+        self.moments, self.masters = HostOffload({}), HostOffload({})
         defaults = dict(
             lr=lr,
             weight_decay=weight_decay,
@@ -156,6 +128,7 @@ class MuonClip(torch.optim.Optimizer):
         shards: Sequence[Tensor | None],
         clip: QKClip | None = None,
         telemetry: Telemetry | None = None,
+        offload: Offload = "none",
     ) -> None:
         """Say which shards there are; creates the state.
 
@@ -164,13 +137,15 @@ class MuonClip(torch.optim.Optimizer):
             shards: this member's shard of each parameter of the plan, contiguous; None for none.
             clip: applied after the update.
             telemetry: sees every direction.
+            offload: what lies in host memory between steps: nothing, the ``moments``, or ``all``:
+                the parameters' shards too, which ``release_shards`` sends back.
         """
         self.exchange, self.shards, self.clip = exchange, list(shards), clip
         self.telemetry = telemetry or Telemetry(0, exchange.device)
         own = self._batch_bytes or BATCH_BYTES.get(exchange.device.type, BATCH_BYTES["cpu"])
         self.max_batch_bytes = own
         self._group_of = {id(p): group for group in self.param_groups for p in group["params"]}
-        self.stacks = list(_stacks(exchange, self.max_batch_bytes))
+        self.stacks = list(stacks_of(exchange.plan, exchange.member, own))
         held: Counter[int] = Counter()
         for stack in self.stacks:
             held[stack.matrix.parameter] += prod(stack.shape)
@@ -183,6 +158,32 @@ class MuonClip(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 self.init_state(parameter, group)
+        self._batches = [
+            [self.stacks[position] for position in batch]
+            for batch in batches([stack.shape for stack in self.stacks], own)
+        ]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        if offload != "none":
+            self.moments = HostOffload({id(p): _tensors(self.state[p]) for p in parameters})
+        if offload == "all":
+            self.masters = HostOffload({id(p): [p.detach()] for p in parameters})
+
+    def release_shards(self) -> None:
+        """Send the parameters' shards to the host, once they are copied to the model."""
+        self.masters.release(self.masters.tensors)
+
+    def fetch_shards(self) -> None:
+        """Have the parameters' shards on the device."""
+        self.masters.fetch(self.masters.tensors)
+
+    def tensors_of(self, shard: Tensor) -> dict[str, Tensor]:
+        """Return a shard ("param") and its state where they are now, to read or to fill."""
+        own = self.moments.current(id(shard)) if self.moments.holds(id(shard)) else None
+        state = {k: v for k, v in self.state[shard].items() if isinstance(v, Tensor)}
+        if own is not None:
+            state = dict(zip(state, own, strict=True))
+        whole = self.masters.current(id(shard))[0] if self.masters.holds(id(shard)) else shard
+        return {"param": whole, **state}
 
     def init_state(self, parameter: Tensor, group: dict[str, Any]) -> None:
         """Create the state of one shard, zero."""
@@ -211,16 +212,21 @@ class MuonClip(torch.optim.Optimizer):
                 loss = closure()
         if self.clip is not None:
             self.clip.start()
+        self.fetch_shards()
+        travelling: list[int] = []
         for group in self.param_groups:
             group["step"] += 1
             parameters = [p for p in group["params"] if p.grad is not None]
             if group["algorithm"] == "muon":
-                travelling = [p for p in parameters if id(p) not in self._settled]
-                self._momentum_step(travelling, group)
+                moved = [p for p in parameters if id(p) not in self._settled]
+                travelling += [id(p) for p in moved]
+                self.moments.fetch(travelling)
+                self._momentum_step(moved, group)
             else:
                 self._adamw_step(parameters, group)
         self.telemetry.begin(max((group["step"] for group in self.param_groups), default=0))
         self._muon_step()
+        self.moments.release(travelling)
         if self.clip is not None:
             self.clip.apply_()
         return loss
@@ -259,19 +265,30 @@ class MuonClip(torch.optim.Optimizer):
     def _stack_step(self) -> None:
         """Update the matrices that lie whole in this shard."""
         assert self.exchange is not None
-        stacks = [stack for stack in self.stacks if self._has_grad(stack)]
-        for batch in batches([stack.shape for stack in stacks], self.max_batch_bytes):
-            chosen = [stacks[position] for position in batch]
-            directions = directions_of([self._read_stack(one) for one in chosen], self.rule)
-            for stack, direction in zip(chosen, directions, strict=True):
-                self._observe(stack.matrix, direction)
-                parameter = self._shard(stack.matrix.parameter)
-                view = stack.view(parameter)
-                if id(parameter) in self._settled:
-                    group = self._group_of[id(parameter)]
-                    view.mul_(1 - group["lr"] * group["weight_decay"])
-                update = self.exchange.round(direction).reshape(view.shape)
-                view.add_(update, alpha=-self._rate(parameter, stack.matrix))
+        keys = [[id(self._shard(one.matrix.parameter)) for one in some] for some in self._batches]
+        last = {key: index for index, some in enumerate(keys) for key in some}
+        for index, batch in enumerate(self._batches):
+            self.moments.fetch(keys[index])
+            self.moments.prefetch(keys[index + 1] if index + 1 < len(keys) else ())
+            chosen = [stack for stack in batch if self._has_grad(stack)]
+            if chosen:
+                self._update_stacks_(chosen)
+            done = (key for key in keys[index] if last[key] == index and key in self._settled)
+            self.moments.release(done)
+
+    def _update_stacks_(self, chosen: Sequence[Stack]) -> None:
+        """Update the matrices of one batch."""
+        assert self.exchange is not None
+        directions = directions_of([self._read_stack(one) for one in chosen], self.rule)
+        for stack, direction in zip(chosen, directions, strict=True):
+            self._observe(stack.matrix, direction)
+            parameter = self._shard(stack.matrix.parameter)
+            view = stack.view(parameter)
+            if id(parameter) in self._settled:
+                group = self._group_of[id(parameter)]
+                view.mul_(1 - group["lr"] * group["weight_decay"])
+            update = self.exchange.round(direction).reshape(view.shape)
+            view.add_(update, alpha=-self._rate(parameter, stack.matrix))
 
     def _directions(self, momenta: dict[int, Tensor]) -> dict[int, Tensor]:
         """Return the directions of assembled matrices [1, rows, columns]."""
@@ -347,6 +364,7 @@ class MuonClip(torch.optim.Optimizer):
         beta1, beta2 = group["betas"]
         for parameter in parameters:
             assert parameter.grad is not None
+            self.moments.fetch([id(parameter)])
             state = self.state[parameter]
             grad = parameter.grad.float()
             state["exp_avg"].lerp_(grad, 1 - beta1)
@@ -355,28 +373,8 @@ class MuonClip(torch.optim.Optimizer):
             root = (state["exp_avg_sq"] / (1 - beta2 ** group["step"])).sqrt_().add_(group["eps"])
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.add_(mean.div_(root).to(parameter.dtype), alpha=-group["lr"])
+            self.moments.release([id(parameter)])
 
 
-def _stacks(exchange: Exchange, max_batch_bytes: int) -> Iterator[Stack]:
-    """Yield the matrices that stay here, joined where they lie evenly spaced."""
-    plan, member = exchange.plan, exchange.member
-    kinds: dict[tuple[int, int, int, int], list[LogicalMatrix]] = {}
-    origins: dict[int, int] = {}
-    for placed in plan.matrices:
-        if placed.home == member and placed.stays:
-            one = placed.matrix
-            kind = (one.parameter, one.rows, one.columns, one.runs.length)
-            kinds.setdefault(kind, []).append(one)
-            origins[one.parameter] = placed.sources[0].origin
-    for (parameter, rows, columns, _), matrices in kinds.items():
-        matrices.sort(key=lambda one: one.runs.start)
-        largest = max(1, max_batch_bytes // (4 * rows * columns))
-        first = 0
-        while first < len(matrices):
-            starts = [one.runs.start for one in matrices[first : first + largest]]
-            spacing = starts[1] - starts[0] if len(starts) > 1 else 0
-            count = 1
-            while count < len(starts) and starts[count] - starts[count - 1] == spacing:
-                count += 1
-            yield Stack(matrices[first], count, spacing, origins[parameter])
-            first += count
+def _tensors(state: dict[str, Any]) -> list[Tensor]:
+    return [value for value in state.values() if isinstance(value, Tensor)]

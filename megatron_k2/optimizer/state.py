@@ -81,7 +81,7 @@ class OptimizerState:
                         "a parameter is not in the model's sharded state dict; build it with "
                         "keep_vars=True"
                     )
-                state = {"param": shard, **instance.optimizer.state[shard]}
+                state = instance.optimizer.tensors_of(shard)
                 for part, begin in _tensors(metadata[id(parameter)], parameter):
                     self._add(part, begin, state, start, shard.numel())
 

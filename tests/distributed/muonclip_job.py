@@ -9,6 +9,7 @@ that this rank holds, with their places in the whole one.
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -41,6 +42,7 @@ from megatron_k2.optimizer import build as builder
 from megatron_k2.optimizer.config import MuonClipConfig
 from megatron_k2.optimizer.layout import stage_of
 from megatron_k2.optimizer.state import OptimizerState, _tensors
+from megatron_k2.optimizer.telemetry import Telemetry
 from megatron_k2.presets import load_preset
 from tests.distributed.matrix import NUM_SEQUENCES
 from tests.distributed.training_job import Routing, _one_step, initialize, preset_config
@@ -207,9 +209,18 @@ def steps(run: dict[str, Any]) -> dict[str, Any]:
             successful, norm, _ = optimizer.step()
         assert successful and norm == INJECTED_NORM
     if job.save:
+        os.makedirs(job.save, exist_ok=True)
         save(job.save, model, optimizer)
     exchanges = [instance.optimizer.exchange for instance in optimizer.instances]
+    stores = [
+        store
+        for one in optimizer.instances
+        for store in (one.optimizer.moments, one.optimizer.masters)
+    ]
     return {
+        "resident_bytes": sum(store.resident_bytes for store in stores),
+        "offloaded_bytes": sum(store.offloaded_bytes for store in stores),
+        "moved_bytes": sum(store.moved_bytes for store in stores),
         "pieces": state_pieces(model, optimizer),
         "weights": weights(model),
         "matrices": sum(one.count for one in counted),
@@ -401,7 +412,8 @@ def fake_cuda_step(world_size: int, **fields: Any) -> dict[str, Any]:
     clip.rows = [replace(rows, shard=on_cuda(rows.shard)) for rows in clip.rows]
     clip.record = lambda: maxima
     inner.exchange.device = torch.device("cuda")
-    inner.attach(inner.exchange, shards, clip)
+    with mode:
+        inner.attach(inner.exchange, shards, clip, Telemetry(1, torch.device("cuda")))
     for name in ("shard_fp32_from_float16_groups", "shard_fp32_groups", "shard_float16_groups"):
         setattr(instance, name, [[on_cuda(t) for t in some] for some in getattr(instance, name)])
     for buffer in instance.buffers:

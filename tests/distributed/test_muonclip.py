@@ -127,6 +127,22 @@ def test_options_do_not_depend_on_the_layout_either(
     assert_same(run(pool, name, num_steps=3, **options), alone)
 
 
+@pytest.mark.parametrize("kind", ["moments", "all"])
+def test_state_on_the_host_changes_no_bit_and_is_saved_from_there(
+    pool: Pool, kind: str, tmp_path: Path
+) -> None:
+    kept = run(pool, "ep2", num_steps=4, bf16=True)
+    offload = dict(bf16=True, optimizer=dict(k2_optimizer_offload=kind))
+    run(pool, "ep2", num_steps=2, save=str(tmp_path), **offload)
+    ranks = ranks_of(pool, "dp4", first_step=2, num_steps=2, load=str(tmp_path), **offload)
+    assert_same(merged(ranks), kept)
+    for rank in ranks:
+        assert rank["resident_bytes"] == 0 < rank["offloaded_bytes"]
+        # In once and out once a step; main parameters once more each when the checkpoint is read.
+        assert rank["moved_bytes"] >= 2 * 2 * rank["offloaded_bytes"]
+        assert rank["moved_bytes"] <= 2 * 4 * rank["offloaded_bytes"]
+
+
 def test_resuming_under_another_layout_goes_on_bit_for_bit(
     pool: Pool, one: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
