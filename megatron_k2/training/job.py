@@ -30,7 +30,7 @@ class Settings:
     seq_length: int = 512
     micro_batch_size: int = 2
     global_batch_size: int = 4
-    lr: float = 2e-3
+    lr: float = 6e-3
     warmup_iters: int = 10
     seed: int = 1234
     flags: tuple[str, ...] = ()  # the user's own Megatron flags
