@@ -3,9 +3,9 @@
     .venv/bin/python tools/evidence/exploding_logits.py --tokens out/pretrain/tokens --out FOLDER
 
 The same run twice, with MuonClip and with its clip off (plain Muon), from the same weights on the
-same text at a constant learning rate. Shown for each step: the largest logit of all heads before the
-step's own clip, and the training loss. FOLDER/logits.png is the picture; the last line is JSON. The
-claims: plain Muon exceeds five times the threshold; MuonClip is within 1.25 times it in 99 % of the
+same text at a constant learning rate. Shown for each step: the largest logit of all heads before
+the step's own clip, and the training loss. FOLDER/logits.png is the picture; the last line is JSON.
+The claims: plain Muon exceeds five times the threshold; MuonClip is within 1.25 times it in 99 % of the
 steps after the first that triggered the clip; and its loss has no spike (no step is higher than the
 highest of the ten steps before it by more than ``--spike`` nats).
 """
@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
-import socket
-import subprocess
 import sys
 from pathlib import Path
+
+from single_process import BATCH, text_arguments, train
 
 LINE = re.compile(
     r"iteration +(\d+)/.*?max attention logit: ([0-9.E+-]+).*?lm loss: ([0-9.E+-]+|nan|inf)"
@@ -28,32 +27,16 @@ LINE = re.compile(
 
 def run(name: str, flags: list[str], options: argparse.Namespace) -> list[tuple[float, float]]:
     """Return (largest logit, loss) of every step."""
+    arguments = [
+        *("--optimizer", "muonclip", "--k2-preset", options.preset, *BATCH),
+        *text_arguments(options.tokens, options.out / "cache"),
+        *("--eval-iters", "0", "--train-iters", str(options.steps), "--seed", "1"),
+        *("--lr", repr(options.lr), "--lr-decay-style", "constant", "--lr-warmup-iters", "20"),
+        *("--log-interval", "1", "--qk-clip-threshold", repr(options.threshold), *flags),
+    ]
     log = options.out / f"{name}.log"
-    if not log.exists():
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        environment = os.environ | dict(
-            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port), OMP_NUM_THREADS="1",
-        )  # fmt: skip
-        command = [
-            *(sys.executable, "-m", "megatron_k2.training.pretrain", "--optimizer", "muonclip"),
-            *("--k2-preset", options.preset, "--k2-device", "cpu", "--k2-threads", "1"),
-            *("--tokenizer-type", "SentencePieceTokenizer", "--vocab-size", "8192"),
-            *("--tokenizer-model", str(options.tokens / "tokenizer.model")),
-            *("--seq-length", "256", "--micro-batch-size", "8", "--global-batch-size", "8"),
-            *("--train-data-path", str(options.tokens / "train"), "--num-workers", "0"),
-            *("--data-cache-path", str(options.out / "cache"), "--eval-iters", "0"),
-            *("--train-iters", str(options.steps), "--seed", "1", "--log-interval", "1"),
-            *("--lr", repr(options.lr), "--lr-decay-style", "constant", "--lr-warmup-iters", "20"),
-            *("--qk-clip-threshold", repr(options.threshold), *flags),
-        ]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(done.stdout[-3000:] + done.stderr[-3000:])
-        log.write_text(done.stdout)
-    return [(float(m[2]), float(m[3])) for m in map(LINE.search, log.read_text().splitlines()) if m]
+    text = log.read_text() if log.exists() else train(arguments, log)
+    return [(float(m[2]), float(m[3])) for m in map(LINE.search, text.splitlines()) if m]
 
 
 def draw(path: Path, runs: dict[str, list[tuple[float, float]]], threshold: float) -> None:

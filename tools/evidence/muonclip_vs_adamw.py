@@ -17,16 +17,15 @@ import argparse
 import itertools
 import json
 import math
-import os
 import re
-import socket
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from single_process import BATCH, text_arguments, train
 
 VALIDATION = re.compile(r"validation loss.*?lm loss value: ([0-9.E+-]+)")
 
@@ -41,43 +40,22 @@ class Cell:
     steps: int
 
 
-def arguments(cell: Cell, options: argparse.Namespace) -> list[str]:
-    """Return the command line of a cell's run."""
-    tokens = options.tokens
-    return [
-        *("--k2-preset", options.preset, "--k2-device", "cpu", "--k2-threads", "1"),
+def run(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
+    """Run a cell; return it with its final held-out loss in nats a token (inf if it diverged)."""
+    arguments = [
+        *("--k2-preset", options.preset, *BATCH),
         *("--optimizer", cell.optimizer, "--use-distributed-optimizer"),
-        *("--tokenizer-type", "SentencePieceTokenizer"),
-        *("--tokenizer-model", str(tokens / "tokenizer.model"), "--vocab-size", "8192"),
-        *("--seq-length", "256", "--micro-batch-size", "8", "--global-batch-size", "8"),
-        *("--train-data-path", str(tokens / "train"), "--valid-data-path", str(tokens / "heldout")),
-        *("--data-cache-path", str(options.out / "cache"), "--num-workers", "0"),
+        *text_arguments(options.tokens, options.out / "cache"),
+        *("--valid-data-path", str(options.tokens / "heldout")),
         *("--train-iters", str(cell.steps), "--seed", str(cell.seed)),
         *("--lr", repr(cell.lr), "--min-lr", "0", "--lr-decay-style", "linear"),
         *("--lr-warmup-iters", "20", "--log-interval", "20"),
         *("--eval-interval", str(cell.steps), "--eval-iters", str(options.eval_iters)),
         *options.flags,
     ]
-
-
-def run(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
-    """Run a cell; return it with its final held-out loss in nats a token (inf if it diverged)."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = os.environ | dict(
-        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-        OMP_NUM_THREADS="1",
-    )  # fmt: skip
-    command = [sys.executable, "-m", "megatron_k2.training.pretrain", *arguments(cell, options)]
     start = time.monotonic()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    log = options.out / "logs" / f"{cell.optimizer}-{cell.lr:g}-{cell.seed}-{cell.steps}.log"
-    log.parent.mkdir(exist_ok=True)
-    log.write_text(done.stdout + done.stderr)
-    losses = VALIDATION.findall(done.stdout)
-    if done.returncode or not losses:
-        raise SystemExit(f"the run failed, see {log}")
+    name = f"{cell.optimizer}-{cell.lr:g}-{cell.seed}-{cell.steps}.log"
+    losses = VALIDATION.findall(train(arguments, options.out / "logs" / name))
     loss = float(losses[-1])
     return asdict(cell) | {
         "loss": loss if math.isfinite(loss) else math.inf,
