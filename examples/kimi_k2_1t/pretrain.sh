@@ -21,6 +21,11 @@ MEMORY=(
   --recompute-granularity selective
   --recompute-modules layernorm moe_act mla_up_proj
 )
+# Section 2.1: MuonClip. Its pieces of matrices travel in 16 bits; at 256 GPUs nothing shards the
+# experts' momenta and fp32 weights (34 GB a GPU), so they lie in host memory between steps.
+OPTIMIZER=(
+  --optimizer muonclip --qk-clip-threshold 100 --k2-muon-wire bf16 --k2-optimizer-offload all
+)
 # Section 2.5: schedule and batch come with the preset; 230,968 steps are 15.5T tokens.
 # The preset is the released model, stretched to 128k; this stage comes before YaRN stretches.
 TRAINING=(--micro-batch-size 1 --train-iters 230968 --rotary-scaling-factor 1)
@@ -28,7 +33,7 @@ TRAINING=(--micro-batch-size 1 --train-iters 230968 --rotary-scaling-factor 1)
 torchrun --nproc-per-node 8 --nnodes "$NODES" --node-rank "$NODE_RANK" \
   --master-addr "$MASTER" --master-port 29500 \
   -m megatron_k2.training.pretrain --k2-preset kimi-k2 \
-  "${PARALLEL[@]}" "${MEMORY[@]}" "${TRAINING[@]}" \
+  "${PARALLEL[@]}" "${MEMORY[@]}" "${OPTIMIZER[@]}" "${TRAINING[@]}" \
   --data-path "$DATA_PREFIX" --tokenizer-type SentencePieceTokenizer \
   --tokenizer-model "$TOKENIZER" --split 999,1,0 \
   --save "$OUT/checkpoints" --load "$OUT/checkpoints" --save-interval 500 --async-save \

@@ -5,9 +5,9 @@
 The same run twice, with MuonClip and with its clip off (plain Muon), from the same weights on the
 same text at a constant learning rate. Shown for each step: the largest logit of all heads before
 the step's own clip, and the training loss. FOLDER/logits.png is the picture; the last line is JSON.
-The claims: plain Muon exceeds five times the threshold; MuonClip is within 1.25 times it in 99 % of the
-steps after the first that triggered the clip; and its loss has no spike (no step is higher than the
-highest of the ten steps before it by more than ``--spike`` nats).
+The claims: plain Muon exceeds five times the threshold; MuonClip is within 1.25 times it in 99 % of
+the steps after the first that triggered the clip; and its loss has no spike (no step is higher than
+the highest of the ten steps before it by more than ``--spike`` nats).
 """
 
 from __future__ import annotations
