@@ -231,11 +231,12 @@ def _add_optimizer_args(parser: argparse.ArgumentParser) -> None:
         help="Number format of the momentum between steps.",
     )
     group.add_argument(
-        "--k2-muon-wave-bytes",
+        "--k2-muon-workspace-bytes",
         type=int,
-        default=256 << 20,
+        default=4 << 30,
         metavar="BYTES",
-        help="Cap of what a rank holds at once of matrices that travel, beside its shards.",
+        help="Cap of what a step allocates beside weights, gradients and state; a single matrix "
+        "with its products can exceed it.",
     )
     group.add_argument(
         "--k2-optimizer-offload",
@@ -329,8 +330,10 @@ def _validate_muonclip(args: argparse.Namespace) -> None:
     args.k2_is_muonclip = args.optimizer == MUONCLIP
     if not args.k2_is_muonclip:
         return
-    if args.k2_muon_wave_bytes < 1:
-        raise UsageError(f"--k2-muon-wave-bytes {args.k2_muon_wave_bytes} must be at least 1")
+    if args.k2_muon_workspace_bytes < 1:
+        raise UsageError(
+            f"--k2-muon-workspace-bytes {args.k2_muon_workspace_bytes} must be at least 1"
+        )
     if args.k2_qk_clip and not args.k2_max_attention_logit:
         raise UsageError("--no-k2-max-attention-logit leaves --k2-qk-clip blind; --no-k2-qk-clip")
     if args.ckpt_format != "torch_dist":

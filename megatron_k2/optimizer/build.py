@@ -184,6 +184,7 @@ def _instance(
             eps=config.adam_eps,
             rule=rule,
             momentum_dtype=config.momentum_dtype,
+            max_batch_bytes=config.batch_bytes(next(model_chunks[0].parameters()).device),
         )
     idx_group = groups["expt_tp_pp_with_egtp_remat_group" if expert else "mp_group"]
     data_group = f"intra_{kind}dp_group" if expert else "intra_dp_cp_group"
@@ -239,7 +240,7 @@ def _plan(
         for expert, table in ((False, stage.dense), (True, expert_table))
     }
     dense, experts = ([one for _, one in own[expert]] for expert in (False, True))
-    plans = plan_stage(stage, dense, experts, rule, config.k2_muon_wave_bytes)
+    plans = plan_stage(stage, dense, experts, rule, config.wave_bytes)
     group = k2_groups.get("optimizer_exchange") if len(stage.ranks) > 1 else None
     wire = config.wire_dtype
     narrow = min(wire, config.compute_dtype, key=lambda dtype: dtype.itemsize)

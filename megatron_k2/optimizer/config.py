@@ -15,12 +15,12 @@ from megatron.core.optimizer import OptimizerConfig
 
 from megatron_k2.arguments import MUONCLIP as NAME
 from megatron_k2.optimizer.coefficients import coefficient_schedule
-from megatron_k2.optimizer.directions import Orthogonaliser, UpdateRule
-from megatron_k2.optimizer.homes import MAX_WAVE_BYTES
+from megatron_k2.optimizer.directions import BATCH_BYTES, Orthogonaliser, UpdateRule
 from megatron_k2.optimizer.matrices import Split
 from megatron_k2.optimizer.muonclip import Offload
 from megatron_k2.optimizer.rules import load_rule, register_rule
 
+WORKSPACE_BYTES = 4 << 30
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -34,7 +34,7 @@ class MuonClipConfig(OptimizerConfig):
         k2_muon_dtype: of Newton-Schulz products; None follows ``muon_fp32_matmul_prec``.
         k2_muon_wire: number format of what travels to a home: fp32, or bf16 for half the bytes.
         k2_muon_momentum: number format of the momentum between steps: fp32 or bf16.
-        k2_muon_wave_bytes: cap of a wave of travelling matrices, see ``homes.py``.
+        k2_muon_workspace_bytes: cap of what a step allocates for the time it takes.
         k2_optimizer_offload: what lies in host memory between steps, see ``offload.py``.
         k2_log_optimizer_interval: steps between measurements of the updates, 0 or None for none.
         k2_qk_clip: apply QK-Clip at the end of the step.
@@ -54,7 +54,7 @@ class MuonClipConfig(OptimizerConfig):
     k2_muon_dtype: str | None = None
     k2_muon_wire: str = "fp32"
     k2_muon_momentum: str = "fp32"
-    k2_muon_wave_bytes: int = MAX_WAVE_BYTES
+    k2_muon_workspace_bytes: int = WORKSPACE_BYTES
     k2_optimizer_offload: Offload = "none"
     k2_log_optimizer_interval: int | None = None
     k2_qk_clip: bool = True
@@ -86,6 +86,18 @@ class MuonClipConfig(OptimizerConfig):
     def momentum_dtype(self) -> torch.dtype:
         """Of Muon's state."""
         return _DTYPES[self.k2_muon_momentum]
+
+    @property
+    def wave_bytes(self) -> int:
+        """Cap of one wave of travelling matrices; two are under way at a time."""
+        return self.k2_muon_workspace_bytes // 4
+
+    def batch_bytes(self, device: torch.device) -> int:
+        """Cap of the matrices, fp32, of one call of the rule, whose products take six times that.
+
+        On a CPU also what stays in its cache.
+        """
+        return min(self.k2_muon_workspace_bytes // 16, BATCH_BYTES.get(device.type, 1 << 62))
 
     def update_rule(self) -> UpdateRule:
         """Return the update rule.

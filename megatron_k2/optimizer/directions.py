@@ -30,7 +30,7 @@ RMS_FACTOR = 0.2
 
 ScaleMode = Literal["spectral", "unit_rms_norm", "shape_scaling"]
 
-BATCH_BYTES = {"cpu": 4 << 20, "cuda": 1 << 30}
+BATCH_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 """fp32 bytes of the matrices in one call of the rule. On a CPU its five steps then run in the cache
 (1.3 to 1.6 times as fast at 512 x 256); on a GPU fewer and larger launches count. Products and
 copies need about three times as much."""

@@ -10,7 +10,7 @@ element-wise work is done on the shard where it lies; nothing is read back to th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import prod
 from typing import Any, Literal, overload
 
@@ -241,8 +241,17 @@ class MuonClip(torch.optim.Optimizer):
     def _accumulate_(self, momentum: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         if momentum.dtype == torch.float32:
             momentum.mul_(group["momentum"]).add_(grad)
-        else:
-            momentum.copy_(momentum.float().mul_(group["momentum"]).add_(grad))
+            return
+        for part, gradient in self._cut(momentum, grad):
+            part.copy_(part.float().mul_(group["momentum"]).add_(gradient))
+
+    def _cut(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Yield the same pieces of tensors of one shape, small enough for the workspace."""
+        if not tensors[0].is_contiguous():
+            yield tensors
+            return
+        flat = [tensor.view(-1).split(max(1, self.max_batch_bytes // 4)) for tensor in tensors]
+        yield from zip(*flat, strict=True)
 
     def _muon_step(self) -> None:
         """Orthogonalise what is at home here; send, receive and apply the rest."""
@@ -366,13 +375,15 @@ class MuonClip(torch.optim.Optimizer):
             assert parameter.grad is not None
             self.moments.fetch([id(parameter)])
             state = self.state[parameter]
-            grad = parameter.grad.float()
-            state["exp_avg"].lerp_(grad, 1 - beta1)
-            state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-            mean = state["exp_avg"] / (1 - beta1 ** group["step"])
-            root = (state["exp_avg_sq"] / (1 - beta2 ** group["step"])).sqrt_().add_(group["eps"])
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.add_(mean.div_(root).to(parameter.dtype), alpha=-group["lr"])
+            parts = self._cut(parameter.data, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+            for weight, gradient, average, square in parts:
+                grad = gradient.float()
+                average.lerp_(grad, 1 - beta1)
+                square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+                mean = average / (1 - beta1 ** group["step"])
+                root = (square / (1 - beta2 ** group["step"])).sqrt_().add_(group["eps"])
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.add_(mean.div_(root).to(weight.dtype), alpha=-group["lr"])
             self.moments.release([id(parameter)])
 
 

@@ -10,6 +10,7 @@ that this rank holds, with their places in the whole one.
 from __future__ import annotations
 
 import os
+import weakref
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from megatron_k2 import parallel
 from megatron_k2.max_logit import (
@@ -101,6 +103,33 @@ class Collectives(TorchDispatchMode):
                 name += f" {_REDUCTIONS[int(args[2].op())]}"
             self.log.append(name)
         return func(*args, **(kwargs or {}))
+
+
+class Allocations(TorchDispatchMode):
+    """Follows the bytes of storages that are made inside, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: Any = WeakIdKeyDictionary()
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note what is new."""
+        for one in tree_leaves((args, kwargs)):
+            if isinstance(one, torch.Tensor):
+                self.known.setdefault(one.untyped_storage(), 0)
+        result = func(*args, **(kwargs or {}))
+        for one in tree_leaves(result):
+            if isinstance(one, torch.Tensor) and one.untyped_storage() not in self.known:
+                storage = one.untyped_storage()
+                self.known[storage] = size = storage.nbytes()
+                self.now += size
+                weakref.finalize(storage, self._gone, size)
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _gone(self, size: int) -> None:
+        self.now -= size
 
 
 def whole_tensor(key: str, shape: tuple[int, ...], what: int) -> torch.Tensor:
@@ -199,13 +228,13 @@ def steps(run: dict[str, Any]) -> dict[str, Any]:
     for instance in optimizer.instances:
         instance.optimizer.rule = Counted(instance.optimizer.rule)
         counted.append(instance.optimizer.rule)
-    collectives = Collectives()
+    collectives, allocations = Collectives(), Allocations()
     for step in range(job.first_step, job.first_step + job.num_steps):
         optimizer.zero_grad()
         fill_gradients(model, step)
         if not job.zero_logits:
             fill_logits(model, groups, step)
-        with collectives:
+        with collectives, allocations:
             successful, norm, _ = optimizer.step()
         assert successful and norm == INJECTED_NORM
     if job.save:
@@ -218,6 +247,8 @@ def steps(run: dict[str, Any]) -> dict[str, Any]:
         for store in (one.optimizer.moments, one.optimizer.masters)
     ]
     return {
+        "peak_bytes": allocations.peak,
+        "num_waves": max(len(one.routes) for one in exchanges),
         "resident_bytes": sum(store.resident_bytes for store in stores),
         "offloaded_bytes": sum(store.offloaded_bytes for store in stores),
         "moved_bytes": sum(store.moved_bytes for store in stores),

@@ -113,7 +113,7 @@ def test_twenty_steps_are_those_of_one_process_bit_for_bit(
         ("tp2-dp2", dict(optimizer=dict(k2_muon_split="part"))),
         ("tp2-dp2", dict(optimizer=dict(k2_muon_split="head"))),
         ("dp4", dict(bucket_size=100_000)),
-        ("tp2-dp2", dict(optimizer=dict(k2_muon_wave_bytes=200_000))),
+        ("tp2-dp2", dict(optimizer=dict(k2_muon_workspace_bytes=800_000))),
         ("dp4", dict(bf16=True, optimizer=dict(muon_fp32_matmul_prec="medium"))),
         ("tp2-pp2-ep2", dict(bf16=True, optimizer=dict(k2_muon_wire="bf16"))),
         ("dp4", dict(optimizer=dict(k2_muon_momentum="bf16", muon_coefficient_type="quintic"))),
@@ -125,6 +125,16 @@ def test_options_do_not_depend_on_the_layout_either(
 ) -> None:
     alone = run(pool, "one", num_steps=3, **options)
     assert_same(run(pool, name, num_steps=3, **options), alone)
+
+
+@pytest.mark.parametrize("name", ["one", "dp4", "tp2-pp2-ep2"])
+def test_a_step_allocates_no_more_than_its_workspace(pool: Pool, name: str) -> None:
+    cap = 2_000_000
+    tight = dict(optimizer=dict(k2_muon_workspace_bytes=cap), num_steps=2)
+    for rank in ranks_of(pool, name, **tight):
+        assert 0 < rank["peak_bytes"] <= cap
+    loose = ranks_of(pool, name, num_steps=2)
+    assert max(rank["peak_bytes"] for rank in loose) > cap, "the cap was never near"
 
 
 @pytest.mark.parametrize("kind", ["moments", "all"])
