@@ -52,14 +52,16 @@ def losses(output: str) -> list[str]:
 
 
 @needs_checkout
+@pytest.mark.parametrize("optimizer", ["adam", "muonclip"])
 @pytest.mark.parametrize("root", ["checkout", "wheel"])
-def test_stock_script_trains_as_our_runner_does(root: str) -> None:
+def test_stock_script_trains_as_our_runner_does(root: str, optimizer: str) -> None:
     script = str(Path(str(CHECKOUT)) / "pretrain_gpt.py")
-    stock = torchrun("-m", "megatron_k2", "--k2-megatron", root, script, *ARGUMENTS)
+    arguments = [*ARGUMENTS, "--optimizer", optimizer]
+    stock = torchrun("-m", "megatron_k2", "--k2-megatron", root, script, *arguments)
     where = re.search(r"Megatron-Core \S+ from (\S+);", stock)
     assert where is not None
     assert (Path(where.group(1)) == Path(str(CHECKOUT))) == (root == "checkout")
-    ours = torchrun("-m", "megatron_k2.training.pretrain", *ARGUMENTS)
+    ours = torchrun("-m", "megatron_k2.training.pretrain", *arguments)
     assert len(losses(ours)) == 3
     assert losses(stock) == losses(ours)
 
