@@ -219,6 +219,12 @@ def _add_optimizer_args(parser: argparse.ArgumentParser) -> None:
         help="Number format of Newton-Schulz products; --muon-fp32-matmul-prec if not given.",
     )
     group.add_argument(
+        "--k2-muon-backend",
+        choices=("torch", "triton"),
+        default="torch",
+        help="Kernels of symmetric products; triton needs a GPU and was never run on one.",
+    )
+    group.add_argument(
         "--k2-muon-wire",
         choices=("fp32", "bf16"),
         default="fp32",

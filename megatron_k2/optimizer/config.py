@@ -32,6 +32,7 @@ class MuonClipConfig(OptimizerConfig):
         k2_muon_rule: update rule, see ``rules.py``.
         k2_muon_split: what one matrix of the MLA up-projections is: ``whole``, ``part``, ``head``.
         k2_muon_dtype: of Newton-Schulz products; None follows ``muon_fp32_matmul_prec``.
+        k2_muon_backend: whose symmetric products, ``torch`` or ``triton``.
         k2_muon_wire: number format of what travels to a home: fp32, or bf16 for half the bytes.
         k2_muon_momentum: number format of the momentum between steps: fp32 or bf16.
         k2_muon_workspace_bytes: cap of what a step allocates for the time it takes.
@@ -52,6 +53,7 @@ class MuonClipConfig(OptimizerConfig):
     k2_muon_rule: str = "muon"
     k2_muon_split: Split = "whole"
     k2_muon_dtype: str | None = None
+    k2_muon_backend: str = "torch"
     k2_muon_wire: str = "fp32"
     k2_muon_momentum: str = "fp32"
     k2_muon_workspace_bytes: int = WORKSPACE_BYTES
@@ -117,6 +119,7 @@ def muon_rule(config: MuonClipConfig) -> UpdateRule:
     return Orthogonaliser(
         coefficients=coefficient_schedule(config.muon_coefficient_type, config.muon_num_ns_steps),
         compute_dtype=config.compute_dtype,
+        backend=config.k2_muon_backend,
         rms_factor=config.muon_extra_scale_factor,
         scale_mode=config.muon_scale_mode,  # type: ignore[arg-type]
     )

@@ -9,6 +9,7 @@ Megatron; every matrix whole.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ copies need about three times as much."""
 class UpdateRule(Protocol):
     """What turns momenta into update directions, whole matrix by whole matrix."""
 
+    @abstractmethod
     def __call__(self, momenta: Tensor) -> Tensor:
         """Return directions [n, rows, columns] (any floating dtype) for momenta of that shape.
 
@@ -46,9 +48,11 @@ class UpdateRule(Protocol):
         depend on no other one: that is what makes it the same under every layout.
         """
 
+    @abstractmethod
     def scale(self, rows: int, columns: int) -> float:
         """Return what multiplies the direction, beside the learning rate; rows as stored."""
 
+    @abstractmethod
     def flops(self, rows: int, columns: int) -> float:
         """Return the work of one matrix, which the ranks share evenly."""
 
@@ -62,6 +66,7 @@ class Orthogonaliser:
         compute_dtype: of the products.
         method: None for the cheapest accurate one, see ``newton_schulz``.
         rms_factor: root mean square that a full-rank update aims at.
+        backend: whose symmetric products; any but ``torch`` implies method ``symmetric``.
         scale_mode: upstream's ``--muon-scale-mode``; ``spectral`` is the reports'.
     """
 
@@ -70,10 +75,17 @@ class Orthogonaliser:
     method: Method | None = None
     rms_factor: float = RMS_FACTOR
     scale_mode: ScaleMode = "spectral"
+    backend: str = "torch"
 
     def __call__(self, momenta: Tensor) -> Tensor:
         """Return the orthogonalised matrices [n, rows, columns], in ``compute_dtype``."""
-        return newton_schulz(momenta, self.coefficients, self.compute_dtype, self.method)
+        return newton_schulz(
+            momenta, self.coefficients, self.compute_dtype, self._chosen, self.backend
+        )
+
+    @property
+    def _chosen(self) -> Method | None:
+        return "symmetric" if self.method is None and self.backend != "torch" else self.method
 
     def scale(self, rows: int, columns: int) -> float:
         """Return the factor of a matrix of so many output rows and input columns."""
@@ -85,7 +97,7 @@ class Orthogonaliser:
 
     def flops(self, rows: int, columns: int) -> float:
         """Return the floating-point operations of one matrix's products."""
-        method = self.method or cheapest_method(
+        method = self._chosen or cheapest_method(
             rows, columns, self.coefficients, self.compute_dtype
         )
         return method_flops(method, rows, columns, len(self.coefficients))

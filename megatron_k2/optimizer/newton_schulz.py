@@ -12,7 +12,7 @@ No process groups, no Megatron; every matrix whole.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_k2.optimizer.coefficients import Coefficients
 
 Method = Literal["standard", "symmetric", "gram"]
+Product = Callable[[Tensor, Tensor], Tensor]
 
 SYMMETRIC_BLOCK = 512
 """Rows of a block of a symmetric product: GEMMs of this size run near the peak of two cores."""
@@ -47,6 +48,7 @@ def newton_schulz(
     coefficients: Sequence[Coefficients],
     compute_dtype: torch.dtype = torch.bfloat16,
     method: Method | None = None,
+    backend: str = "torch",
 ) -> Tensor:
     """Return the nearly orthogonal factor of each matrix.
 
@@ -55,6 +57,7 @@ def newton_schulz(
         coefficients: one polynomial a step (``coefficient_schedule``).
         compute_dtype: of the products; norms are taken in fp32 before.
         method: None for the one with the fewest FLOPs that is accurate in ``compute_dtype``.
+        backend: whose symmetric products, see ``load_backend``; ``symmetric`` only.
 
     Returns:
         [batch, rows, columns] in ``compute_dtype``; zero for a zero matrix.
@@ -81,8 +84,31 @@ def newton_schulz(
     lying = matrices.transpose(1, 2) if standing else matrices
     # Contiguous, so that no sum's order, and no bit, depends on how the caller holds them.
     x = unit_norm(lying.contiguous(), compute_dtype)
-    x = _EVALUATIONS[method](x, coefficients)
+    if method == "symmetric":
+        x = _symmetric(x, coefficients, load_backend(backend))
+    else:
+        x = (_standard if method == "standard" else _gram)(x, coefficients)
     return x.transpose(1, 2) if standing else x
+
+
+def load_backend(name: str) -> Product:
+    """Return the function that makes symmetric products, by name.
+
+    ``torch`` works everywhere, in blocks; ``triton`` is a kernel for GPUs. Another one is a
+    function of the same arguments, entered in ``BACKENDS``. Nothing falls back to another backend.
+
+    Raises:
+        ValueError: unknown name.
+        ImportError: Triton is not installed.
+    """
+    if name == "triton" and name not in BACKENDS:
+        from megatron_k2.optimizer import triton_products
+
+        BACKENDS[name] = triton_products.symmetric_product
+    if name not in BACKENDS:
+        known = ", ".join(sorted({*BACKENDS, "triton"}))
+        raise ValueError(f"--k2-muon-backend {name!r} is not one of {known}")
+    return BACKENDS[name]
 
 
 def _standard(x: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
@@ -93,10 +119,10 @@ def _standard(x: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
     return x
 
 
-def _symmetric(x: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
+def _symmetric(x: Tensor, coefficients: Sequence[Coefficients], product: Product) -> Tensor:
     for a, b, c in coefficients:
-        gram = symmetric_product(x, x)
-        factor = symmetric_product(gram, gram).mul_(c).add_(gram, alpha=b)
+        gram = product(x, x)
+        factor = product(gram, gram).mul_(c).add_(gram, alpha=b)
         x = torch.baddbmm(x, factor, x, beta=a)
     return x
 
@@ -118,6 +144,10 @@ def symmetric_product(left: Tensor, right: Tensor) -> Tensor:
     return product
 
 
+BACKENDS: dict[str, Product] = {"torch": symmetric_product}
+"""Makers of ``left @ right^T`` [batch, n, n] that is known to be symmetric."""
+
+
 def _gram(x: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
     # x_k = factor x_0 and gram = x_k x_k^T; all of them are polynomials in x_0 x_0^T and commute.
     gram = torch.bmm(x, x.transpose(1, 2))
@@ -129,9 +159,6 @@ def _gram(x: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
         if step + 1 < len(coefficients):
             gram = torch.bmm(polynomial, torch.bmm(gram, polynomial))
     return x if factor is None else torch.bmm(factor, x)
-
-
-_EVALUATIONS = {"standard": _standard, "symmetric": _symmetric, "gram": _gram}
 
 
 def method_flops(method: Method, rows: int, columns: int, num_steps: int) -> int:
