@@ -15,7 +15,7 @@ import megatron_k2
 
 megatron_k2.register("cpu")
 
-from megatron_k2.arguments import validate_k2_args  # noqa: E402
+from megatron_k2.arguments import finish_k2_args, validate_k2_args  # noqa: E402
 from megatron_k2.inputs import UsageError  # noqa: E402
 
 BASE = ["--micro-batch-size", "2", "--mock-data", "--tokenizer-type", "NullTokenizer"]
@@ -298,3 +298,51 @@ def test_training_without_data_is_refused() -> None:
 
     with pytest.raises(UsageError, match="no data: give --data-path"):
         require_data(argparse.Namespace(mock_data=False, skip_train=False))
+
+
+MUONCLIP = ["--k2-preset", "k2-nano", "--optimizer", "muonclip"]
+
+
+def test_muonclip_has_kimis_values_and_passes_as_adams_zero1(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    args = validated(monkeypatch, *MUONCLIP)
+    assert args.optimizer == "adam" and args.use_distributed_optimizer
+    assert args.dist_ckpt_optim_fully_reshardable and not args.qk_clip and args.k2_qk_clip
+    assert (args.muon_momentum, args.muon_nesterov, args.muon_num_ns_steps) == (0.95, True, None)
+    assert (args.muon_coefficient_type, args.muon_extra_scale_factor) == ("kimi", 0.2)
+    assert (args.weight_decay, args.adam_beta2) == (0.1, 0.95)
+    args.log_max_attention_logit = None
+    finish_k2_args(args)
+    assert args.optimizer == "muonclip" and args.k2_log_optimizer_interval == args.log_interval
+
+
+def test_upstreams_flags_win_over_kimis_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = validated(
+        monkeypatch, *MUONCLIP, "--muon-momentum", "0.9", "--weight-decay", "0.01",
+        "--muon-num-ns-steps", "3", "--qk-clip-threshold", "30",
+    )  # fmt: skip
+    assert (args.muon_momentum, args.weight_decay, args.muon_num_ns_steps) == (0.9, 0.01, 3)
+    assert args.qk_clip_threshold == 30
+
+
+def test_another_optimizer_keeps_upstreams_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = validated(monkeypatch, "--k2-preset", "k2-nano", "--optimizer", "adam")
+    assert not args.k2_is_muonclip and args.muon_coefficient_type == "quintic"
+    assert not args.use_distributed_optimizer
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--muon-tp-mode", "blockwise"], "--muon-tp-mode blockwise: .*whole matrices"),
+        (["--ckpt-format", "torch"], "--ckpt-format torch: muonclip saves torch_dist only"),
+        (["--no-k2-max-attention-logit"], "--k2-qk-clip blind"),
+        (["--k2-muon-workspace-bytes", "0"], "--k2-muon-workspace-bytes 0 must be at least 1"),
+    ],
+)
+def test_what_muonclip_cannot_do_is_refused_by_flag(
+    monkeypatch: pytest.MonkeyPatch, flags: list[str], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        validated(monkeypatch, *MUONCLIP, *flags)
