@@ -22,6 +22,9 @@ _CHECKS = (
 )
 """Where upstream looks at what the user gave, before anything is built."""
 
+_MISSING_STATE = re.compile(r"optimizer\.state\.(\w+)\.\S+ from model not in state dict")
+"""torch's planner on a tensor that the checkpoint lacks (``checkpoint/default_planner.py``)."""
+
 REFUSALS = (AssertionError, ValueError, TypeError, FileNotFoundError)
 
 
@@ -31,6 +34,12 @@ def explain(error: BaseException) -> str | None:
     Args:
         error: as caught, with its traceback.
     """
+    missing = _MISSING_STATE.search(str(error))
+    if missing:
+        return (
+            f"--load: the checkpoint has no optimizer state {missing[1]!r}: another --optimizer "
+            "saved it; --no-load-optim loads its weights alone"
+        )
     if not isinstance(error, REFUSALS):
         return None
     frames = list(_frames(error.__traceback__))

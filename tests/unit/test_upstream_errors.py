@@ -47,3 +47,14 @@ def test_errors_from_elsewhere_keep_their_traceback(tmp_path: Path):
 def test_our_own_value_errors_are_passed_on(tmp_path: Path):
     source = "def validate(args):\n    raise ValueError('--flag 1 is wrong')\n"
     assert explain(caught(source, tmp_path, "megatron_k2/model/x.py")) == "--flag 1 is wrong"
+
+
+def test_another_optimizers_checkpoint_is_named_with_the_flag_that_helps() -> None:
+    message = explain(
+        KeyError(
+            "optimizer.state.momentum_buffer.decoder.x.weight from model not in state dict: []"
+        )
+    )
+    assert message is not None
+    assert "'momentum_buffer'" in message and "--no-load-optim" in message
+    assert explain(KeyError("something else")) is None
