@@ -489,3 +489,23 @@ def reads_of_whole_step(optimizer: str) -> int:
     with HostReads() as reads:
         built.step()
     return len(reads.found)
+
+
+def skipped_step() -> dict[str, bool]:
+    """Skip a step over hot logits, as a loss scaler does on overflow; return what stayed."""
+    groups = parallel.get_pg_collection()
+    model, optimizer = build(Run(), groups)
+    before = [parameter.detach().clone() for parameter in model[0].parameters()]
+    fill_gradients(model, 0)
+    bind_max_logit_buffer(model[0]).fill_(10 * THRESHOLD)
+    prepare = optimizer.prepare_grads
+    optimizer.prepare_grads = lambda: prepare() or True  # an overflow was found
+    successful = optimizer.step()[0]
+    kept = all(map(torch.equal, before, model[0].parameters()))
+    optimizer.prepare_grads = prepare
+    optimizer.zero_grad()
+    (instance,) = optimizer.instances
+    fill_gradients(model, 1)
+    assert optimizer.step()[0]
+    clip = instance.optimizer.clip
+    return {"skipped": not successful, "kept": kept, "cool": bool((clip.gamma == 1).all())}

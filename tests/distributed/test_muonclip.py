@@ -227,3 +227,8 @@ def test_a_whole_optimizer_step_reads_no_more_than_stock_adamws(pool: Pool) -> N
         for name in ("muonclip", "adam")
     )
     assert 0 < ours <= stock
+
+
+def test_a_skipped_step_clips_nothing_and_its_logits_are_forgotten(pool: Pool) -> None:
+    (found,) = pool.run("tests.distributed.muonclip_job:skipped_step", 1, layout={})
+    assert found == {"skipped": True, "kept": True, "cool": True}

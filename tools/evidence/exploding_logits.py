@@ -7,7 +7,7 @@ same text at a constant learning rate. Shown for each step: the largest logit of
 the step's own clip, and the training loss. FOLDER/logits.png is the picture; the last line is JSON.
 The claims: plain Muon exceeds five times the threshold; MuonClip is within 1.25 times it in 99 % of
 the steps after the first that triggered the clip; and its loss has no spike (no step is higher than
-the highest of the ten steps before it by more than ``--spike`` nats).
+the highest of the ten steps before it by more than ``--spike`` nats). Other flags go to the runs.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import json
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from single_process import BATCH, text_arguments, train
@@ -32,7 +33,14 @@ def run(name: str, flags: list[str], options: argparse.Namespace) -> list[tuple[
         *text_arguments(options.tokens, options.out / "cache"),
         *("--eval-iters", "0", "--train-iters", str(options.steps), "--seed", "1"),
         *("--lr", repr(options.lr), "--lr-decay-style", "constant", "--lr-warmup-iters", "20"),
-        *("--log-interval", "1", "--qk-clip-threshold", repr(options.threshold), *flags),
+        *(
+            "--log-interval",
+            "1",
+            "--qk-clip-threshold",
+            repr(options.threshold),
+            *options.flags,
+            *flags,
+        ),
     ]
     log = options.out / f"{name}.log"
     text = log.read_text() if log.exists() else train(arguments, log)
@@ -72,12 +80,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--lr", type=float, default=1.6e-2)
     parser.add_argument("--threshold", type=float, default=5.0)
     parser.add_argument("--spike", type=float, default=0.5)
-    options = parser.parse_args(argv)
+    options, options.flags = parser.parse_known_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
-    runs = {
-        "plain Muon": run("plain", ["--no-k2-qk-clip"], options),
-        "MuonClip": run("muonclip", [], options),
-    }
+    jobs = {"plain Muon": ("plain", ["--no-k2-qk-clip"]), "MuonClip": ("muonclip", [])}
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        found = pool.map(lambda job: run(*job, options), jobs.values())
+        runs = dict(zip(jobs, found, strict=True))
     draw(options.out / "logits.png", runs, options.threshold)
     plain = max(logit for logit, _ in runs["plain Muon"])
     logits = [logit for logit, _ in runs["MuonClip"]]
