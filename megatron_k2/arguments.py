@@ -213,6 +213,11 @@ def _add_optimizer_args(parser: argparse.ArgumentParser) -> None:
         metavar="[MODULE:]NAME",
         help="Update rule; one of your own by its module (megatron_k2/optimizer/rules.py).",
     )
+    _add_muon_formats(group)
+
+
+def _add_muon_formats(group: Any) -> None:
+    """Add MuonClip's number formats, kernels, memory and what it logs."""
     group.add_argument(
         "--k2-muon-dtype",
         choices=("bf16", "fp16", "fp32"),

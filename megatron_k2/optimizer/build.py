@@ -112,7 +112,8 @@ def refuse_unsupported(config: MuonClipConfig, model_chunks: Chunks) -> None:
     """Raise ValueError for settings under which MuonClip would not do what they say."""
     ddp = getattr(model_chunks[0], "ddp_config", None)
     refused = {
-        "--use-distributed-optimizer is needed": ddp is None or not ddp.use_distributed_optimizer,
+        "a model without --use-distributed-optimizer":
+            ddp is None or not ddp.use_distributed_optimizer,
         "--use-megatron-fsdp": ddp is not None and ddp.use_megatron_fsdp,
         "--num-distributed-optimizer-instances above 1": ddp is not None
         and ddp.num_distributed_optimizer_instances > 1,
@@ -121,13 +122,13 @@ def refuse_unsupported(config: MuonClipConfig, model_chunks: Chunks) -> None:
             config.optimizer_cpu_offload,
         "--overlap-param-gather-with-optimizer-step":
             config.overlap_param_gather_with_optimizer_step,
-        "--k2-optimizer-offload all needs --bf16 (fp32 weights are their own shards)":
+        "--k2-optimizer-offload all without --bf16 (fp32 weights are their own shards)":
             config.k2_optimizer_offload == "all" and not config.bf16,
         "--muon-scalar-optimizer other than adam": config.muon_scalar_optimizer != "adam",
     }  # fmt: skip
     for what, found in refused.items():
         if found:
-            raise ValueError(f"--optimizer muonclip: {what}; not supported otherwise")
+            raise ValueError(f"--optimizer muonclip does not support {what}")
 
 
 def _overrides(

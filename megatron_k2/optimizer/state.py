@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from megatron_k2.optimizer.distributed import MuonClipInstance
 
 FORMAT = "fully_reshardable"
-GROUP_KEYS = ("algorithm", "wd_mult", "lr_mult", "max_lr", "min_lr", "is_decoupled_lr")
-"""What tells one parameter group from another, beside ``is_expert_parallel``."""
 
 
 def rectangles(
@@ -142,40 +140,29 @@ class OptimizerState:
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over loaded groups and tensors.
+        """Take over the loaded step and tensors.
+
+        Of a parameter group only its step is state: rates and weight decay are the command line's,
+        and the scheduler, which is saved apart, sets them.
 
         Raises:
-            ValueError: the checkpoint holds another optimizer's state, or lacks a group.
+            ValueError: the checkpoint holds another optimizer's state.
         """
         if "param_groups" not in state_dict or "param_state" not in state_dict:
             raise ValueError(
                 "the checkpoint's optimizer state is not MuonClip's; --no-load-optim loads the "
                 "weights alone"
             )
+        step = max(group["step"] for group in state_dict["param_groups"])
         for instance in self.instances:
             for group in instance.optimizer.param_groups:
-                saved = _match(group, state_dict["param_groups"])
-                group.update({key: value for key, value in saved.items() if key in group})
+                group["step"] = step
             if instance.grad_scaler and "grad_scaler" in state_dict:
                 instance.grad_scaler.load_state_dict(state_dict["grad_scaler"])
         for key, places in self.places.items():
             for place, loaded in zip(places, state_dict["param_state"][key], strict=True):
                 if loaded.data_ptr() != place.data_ptr():
                     place.copy_(loaded.view(place.shape))
-
-
-def _match(group: dict[str, Any], saved: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the saved group for a present one; experts had none of their own at EP 1."""
-    wanted = [group.get(key) for key in GROUP_KEYS]
-    alike = [one for one in saved if [one.get(key) for key in GROUP_KEYS] == wanted]
-    if not alike:
-        known = [{key: one.get(key) for key in GROUP_KEYS} for one in saved]
-        raise ValueError(f"no saved parameter group of {known} has {GROUP_KEYS} = {wanted}")
-    expert = group["is_expert_parallel"]
-    found = next((one for one in alike if one["is_expert_parallel"] == expert), alike[0])
-    return {
-        key: value for key, value in found.items() if key not in ("params", "is_expert_parallel")
-    }
 
 
 def _tensors(

@@ -52,7 +52,7 @@ class Case:
     """Run by `make evidence` only; a wider layout of the matrix contains it."""
 
 
-def _layout(tp: int = 1, pp: int = 1, ep: int = 1, etp: int | None = None, **more: Any) -> dict:
+def layout_of(tp: int = 1, pp: int = 1, ep: int = 1, etp: int | None = None, **more: Any) -> dict:
     sizes: dict[str, Any] = dict(
         tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp,
         expert_model_parallel_size=ep, sequence_parallel=tp > 1,
@@ -62,30 +62,30 @@ def _layout(tp: int = 1, pp: int = 1, ep: int = 1, etp: int | None = None, **mor
     return {**sizes, **more}
 
 
-UNEVEN_PP4 = _layout(pp=4, pipeline_model_parallel_layout="Ett|t|t|L")
-VPP2 = _layout(pp=2, virtual_pipeline_model_parallel_size=2)
-UNEVEN_VPP2 = _layout(
+UNEVEN_PP4 = layout_of(pp=4, pipeline_model_parallel_layout="Ett|t|t|L")
+VPP2 = layout_of(pp=2, virtual_pipeline_model_parallel_size=2)
+UNEVEN_VPP2 = layout_of(
     pp=2, virtual_pipeline_model_parallel_size=2, pipeline_model_parallel_layout="Et|tt|t|L"
 )
 
 CASES = (
-    Case("PP2", 2, _layout(pp=2), bit_for_bit=True),
-    Case("PP4", 4, _layout(pp=4), bit_for_bit=True),
+    Case("PP2", 2, layout_of(pp=2), bit_for_bit=True),
+    Case("PP4", 4, layout_of(pp=4), bit_for_bit=True),
     Case("PP4 uneven", 4, UNEVEN_PP4, bit_for_bit=True),
     Case("PP2 x VPP2", 2, VPP2, bit_for_bit=True),
     Case("PP2 x VPP2 uneven", 2, UNEVEN_VPP2, bit_for_bit=True),
-    Case("DP2", 2, _layout()),
-    Case("DP2 ZeRO-1", 2, _layout(), use_distributed_optimizer=True),
-    Case("TP2 SP", 2, _layout(tp=2), micro_batch_size=2),
-    Case("EP2", 2, _layout(ep=2)),
-    Case("EP4 ZeRO-1", 4, _layout(ep=4), use_distributed_optimizer=True),
-    Case("TP2 x EP2, ETP1", 2, _layout(tp=2, ep=2, etp=1), micro_batch_size=2, evidence=True),
-    Case("TP2 x EP2, ETP2", 4, _layout(tp=2, ep=2, etp=2), micro_batch_size=2),
-    Case("TP2 x PP2", 4, _layout(tp=2, pp=2), micro_batch_size=2),
-    Case("EP2 x PP2", 4, _layout(ep=2, pp=2)),
+    Case("DP2", 2, layout_of()),
+    Case("DP2 ZeRO-1", 2, layout_of(), use_distributed_optimizer=True),
+    Case("TP2 SP", 2, layout_of(tp=2), micro_batch_size=2),
+    Case("EP2", 2, layout_of(ep=2)),
+    Case("EP4 ZeRO-1", 4, layout_of(ep=4), use_distributed_optimizer=True),
+    Case("TP2 x EP2, ETP1", 2, layout_of(tp=2, ep=2, etp=1), micro_batch_size=2, evidence=True),
+    Case("TP2 x EP2, ETP2", 4, layout_of(tp=2, ep=2, etp=2), micro_batch_size=2),
+    Case("TP2 x PP2", 4, layout_of(tp=2, pp=2), micro_batch_size=2),
+    Case("EP2 x PP2", 4, layout_of(ep=2, pp=2)),
     Case("EP2 x PP2 x VPP2 ZeRO-1", 4, {**VPP2, "expert_model_parallel_size": 2}, True),
-    Case("TP2 x PP2 x EP2 ZeRO-1", 8, _layout(tp=2, pp=2, ep=2, etp=1), True, micro_batch_size=2),
-    Case("TP2 SP, one sequence at a time", 2, _layout(tp=2), evidence=True),
+    Case("TP2 x PP2 x EP2 ZeRO-1", 8, layout_of(tp=2, pp=2, ep=2, etp=1), True, micro_batch_size=2),
+    Case("TP2 SP, one sequence at a time", 2, layout_of(tp=2), evidence=True),
 )
 
 

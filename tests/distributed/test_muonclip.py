@@ -11,22 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.distributed.matrix import layout_of as layout
 from tests.distributed.pool import Pool
 
 STEPS = "tests.distributed.muonclip_job:steps"
 FAKE_CUDA = "tests.distributed.muonclip_job:fake_cuda_step"
 FROZEN = "tests.distributed.muonclip_job:frozen_batch"
 THRESHOLD = 60.0  # of the job
-
-
-def layout(tp: int = 1, pp: int = 1, ep: int = 1, etp: int | None = None, **more: Any) -> dict:
-    sizes: dict[str, Any] = dict(
-        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp,
-        expert_model_parallel_size=ep, sequence_parallel=tp > 1,
-    )  # fmt: skip
-    if etp is not None:
-        sizes["expert_tensor_parallel_size"] = etp
-    return {**sizes, **more}
 
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -232,3 +223,9 @@ def test_a_whole_optimizer_step_reads_no_more_than_stock_adamws(pool: Pool) -> N
 def test_a_skipped_step_clips_nothing_and_its_logits_are_forgotten(pool: Pool) -> None:
     (found,) = pool.run("tests.distributed.muonclip_job:skipped_step", 1, layout={})
     assert found == {"skipped": True, "kept": True, "cool": True}
+
+
+def test_a_run_resumes_at_another_learning_rate(pool: Pool, tmp_path: Path) -> None:
+    """The rate is the command line's; upstream matches saved groups by it."""
+    run(pool, "one", num_steps=1, save=str(tmp_path))
+    run(pool, "dp2", first_step=1, num_steps=1, load=str(tmp_path), optimizer=dict(lr=0.01))
