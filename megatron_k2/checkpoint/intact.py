@@ -16,9 +16,10 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 MANIFEST = "megatron_k2_manifest.json"
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -81,21 +82,32 @@ def publish_text(path: str | Path, text: str) -> None:
     os.replace(scratch, path)
 
 
-def write_manifest(directory: str | Path, records: dict[str, FileRecord]) -> None:
+def write_manifest(
+    directory: str | Path,
+    records: dict[str, FileRecord],
+    skip: Collection[str] = (),
+    made_by: dict[str, Any] | None = None,
+) -> None:
     """Publish the manifest of a directory; files without a record are read here.
 
     Args:
         directory: the finished checkpoint directory.
         records: file name (relative) to record, as known by the ranks that wrote the files.
+        skip: names of files that are no part of the checkpoint.
+        made_by: what made it, kept beside the records.
 
     Raises:
         OSError: a file cannot be read or the manifest cannot be written.
     """
     files = {}
     for name in _files(Path(directory)):
+        if name in skip:
+            continue
         record = records.get(name) or record_file(Path(directory) / name)
         files[name] = asdict(record)
     payload = {"version": 1, "crc32": _payload_crc(files), "files": files}
+    if made_by is not None:
+        payload["made_by"] = made_by
     publish_text(Path(directory) / MANIFEST, json.dumps(payload, indent=1, sort_keys=True))
 
 
@@ -118,7 +130,13 @@ def verify(
         level: ``full`` reads and sums every file, ``size`` compares lengths, ``off`` does nothing.
         share: (rank, world size): this caller checks every world-size-th file only.
     """
-    directory = iteration_directory(save_dir, iteration)
+    return verify_directory(iteration_directory(save_dir, iteration), level, share)
+
+
+def verify_directory(
+    directory: Path, level: str = "full", share: tuple[int, int] = (0, 1)
+) -> list[str]:
+    """Return what is wrong with one checkpoint's own directory; arguments as in ``verify``."""
     if level == "off":
         return []
     if not directory.is_dir():
@@ -127,12 +145,27 @@ def verify(
         return [f"{directory / _CONFIG}: missing, the save was interrupted"]
     if not (directory / MANIFEST).is_file():
         return []
+    return verify_manifest(directory, level, share)
+
+
+def verify_manifest(
+    directory: Path, level: str = "full", share: tuple[int, int] = (0, 1)
+) -> list[str]:
+    """Return what is wrong with the files that a manifest names."""
     try:
         files = _read_manifest(directory / MANIFEST)
     except (OSError, ValueError, KeyError, TypeError) as error:
         return [f"{directory / MANIFEST}: unreadable ({error})"]
     names = sorted(files)[share[0] :: share[1]]
     return [p for name in names if (p := _problem(directory / name, files[name], level))]
+
+
+def made_by(directory: Path) -> dict[str, Any]:
+    """Return what a directory's manifest says made it; empty if it does not."""
+    try:
+        return dict(json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["made_by"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def has_manifest(save_dir: str | Path, iteration: int) -> bool:

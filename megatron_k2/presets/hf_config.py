@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from megatron_k2.presets import Preset
 
 # DeepseekV3Config name -> Megatron dest.
-_NAMES: Mapping[str, str] = {
+CONFIG_NAMES: Mapping[str, str] = {
     "num_hidden_layers": "num_layers",
     "hidden_size": "hidden_size",
     "intermediate_size": "ffn_hidden_size",
@@ -33,7 +33,7 @@ _NAMES: Mapping[str, str] = {
     "initializer_range": "init_method_std",
     "attention_dropout": "attention_dropout",
 }
-_YARN_NAMES: Mapping[str, str] = {
+YARN_NAMES: Mapping[str, str] = {
     "factor": "rotary_scaling_factor",
     "original_max_position_embeddings": "original_max_position_embeddings",
     "beta_fast": "beta_fast",
@@ -53,7 +53,7 @@ def hf_config(preset: Preset) -> dict[str, Any]:
         Names of config.json to values; ``rope_scaling`` is None where the factor is 1.
     """
     values = {dest: field.value for dest, field in preset.fields.items()}
-    config: dict[str, Any] = {name: values[dest] for name, dest in _NAMES.items()}
+    config: dict[str, Any] = {name: values[dest] for name, dest in CONFIG_NAMES.items()}
     moe_width = config["moe_intermediate_size"]
     config.update(
         q_lora_rank=values.get("q_lora_rank"),
@@ -71,7 +71,7 @@ def hf_config(preset: Preset) -> dict[str, Any]:
         num_nextn_predict_layers=0,
     )
     if values["rope_type"] == "yarn" and values["rotary_scaling_factor"] != 1.0:
-        yarn = {name: float(values[dest]) for name, dest in _YARN_NAMES.items()}
+        yarn = {name: float(values[dest]) for name, dest in YARN_NAMES.items()}
         yarn["original_max_position_embeddings"] = int(yarn["original_max_position_embeddings"])
         config["rope_scaling"] = {"rope_type": "yarn", "type": "yarn", **yarn}
     return config

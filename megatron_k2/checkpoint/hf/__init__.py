@@ -1,0 +1,1 @@
+"""Hugging Face folders: safetensors headers, the index, and what config.json says."""

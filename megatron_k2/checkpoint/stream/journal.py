@@ -1,0 +1,74 @@
+"""Which units of a conversion are on the disk: one line each, appended after the unit was flushed.
+
+The first line is the plan's fingerprint; a line cut by a kill is dropped. ``kill -9`` therefore
+costs at most the units under way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from pathlib import Path
+
+from megatron_k2.checkpoint.errors import ConversionRefused
+
+NAME = "journal.jsonl"
+
+
+class Journal:
+    """The journal in a folder, open for appending."""
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self.path = folder / NAME
+        self.done: dict[int, int] = {}  # unit to CRC-32 of its bytes
+        kept = self._read(fingerprint)
+        self._stream = open(self.path, "r+b" if kept else "wb")  # noqa: SIM115
+        self._stream.truncate(kept)
+        self._stream.seek(kept)
+        if not kept:
+            self._append({"plan": fingerprint})
+
+    def record(self, unit: int, crc32: int) -> None:
+        """Note a unit whose bytes are on the disk."""
+        self._append({"unit": unit, "crc32": crc32})
+        self.done[unit] = crc32
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._stream.close()
+
+    def remove(self) -> None:
+        """Close it and remove the file: the conversion is whole."""
+        self.close()
+        self.path.unlink()
+
+    def _append(self, value: dict[str, object]) -> None:
+        text = json.dumps(value)
+        self._stream.write(f"{zlib.crc32(text.encode()):08x} {text}\n".encode())
+        self._stream.flush()
+        os.fdatasync(self._stream.fileno())
+
+    def _read(self, fingerprint: str) -> int:
+        """Read what is whole; return its bytes.
+
+        Raises:
+            ConversionRefused: it belongs to another plan.
+        """
+        if not self.path.is_file():
+            return 0
+        kept = 0
+        for line in self.path.read_bytes().splitlines(keepends=True):
+            check, _, text = line.rstrip(b"\n").partition(b" ")
+            if not line.endswith(b"\n") or check != f"{zlib.crc32(text):08x}".encode():
+                break
+            value = json.loads(text)
+            if "plan" in value and value["plan"] != fingerprint:
+                raise ConversionRefused(
+                    f"{self.path.parent}: an unfinished conversion of other input or other flags; "
+                    "remove it, or run it with the same"
+                )
+            if "unit" in value:
+                self.done[value["unit"]] = value["crc32"]
+            kept += len(line)
+        return kept

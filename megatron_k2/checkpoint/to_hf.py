@@ -1,0 +1,243 @@
+"""Plans ``torch_dist`` -> Hugging Face: every byte of the folder, before any tensor is read.
+
+With a *pattern* (the files kept beside a converted checkpoint, or another Hugging Face folder)
+shard split, order of keys, headers, index and small files are the pattern's. Without one, shards of
+``shard_bytes`` in the order of layers, and a config.json made from the run's arguments.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_k2.checkpoint.errors import ConversionRefused, refuse
+from megatron_k2.checkpoint.fp8_blocks import BLOCK, num_blocks
+from megatron_k2.checkpoint.hf.folder import CONFIG, INDEX
+from megatron_k2.checkpoint.hf.pattern import Pattern
+from megatron_k2.checkpoint.hf.safetensors_header import ITEM_BYTES, encode_header
+from megatron_k2.checkpoint.hf.source import SCALE
+from megatron_k2.checkpoint.names import IGNORED_SUFFIX, Region, repeated
+from megatron_k2.checkpoint.stream.kernels import cast
+from megatron_k2.checkpoint.stream.run import Plan, check_units
+from megatron_k2.checkpoint.stream.units import (
+    Matrix,
+    Part,
+    Unit,
+    as_matrix,
+    cut_rows,
+    join_parts,
+    literal,
+    take_rows,
+    whole,
+)
+from megatron_k2.checkpoint.torch_dist.source import MegatronSource
+
+WEIGHTS = ("bf16", "fp8", "fp32")
+SHARD_BYTES = 5_000_000_000  # what transformers writes
+_FP8_CONFIG = {
+    "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
+    "weight_block_size": [BLOCK, BLOCK],
+}  # fmt: skip
+_DTYPE_NAMES = {"bf16": "bfloat16", "fp8": "bfloat16", "fp32": "float32"}
+Entry = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the export is to look like."""
+
+    weights: str  # bf16, fp8 or fp32
+    original_scales: bool  # the pattern's, for weights that nobody trained
+    pattern: Pattern | None
+    config: Mapping[str, Any]  # used without a pattern
+    shard_bytes: int = SHARD_BYTES
+
+
+def plan_to_hf(source: MegatronSource, request: Request) -> Plan:
+    """Plan the folder of a checked checkpoint.
+
+    Raises:
+        ConversionRefused: the pattern is of another model, or lacks the scales that are asked for.
+    """
+    by_name = {region.name: region for region in source.regions}
+    shards = _shards(source, request)
+    files: dict[str, int] = {}
+    units: list[Unit] = []
+    index: dict[str, str] = {}
+    maker = _Maker(source, request, by_name, repeated(source.shape))
+    for file, (header, entries) in shards.items():
+        parts = [literal(0, header)]
+        for name, dtype, shape in entries:
+            parts += maker.parts(name, dtype, shape)
+            index[name] = file
+        files[file] = sum(part.num_bytes for part in parts)
+        units += join_parts(file, parts)
+    small = _small_files(request)
+    if len(shards) > 1 or (request.pattern is not None and request.pattern.index is not None):
+        num_bytes = sum(_num_bytes(e) for _, entries in shards.values() for e in entries)
+        small[INDEX] = _index(request, index, num_bytes)
+    for file, data in small.items():
+        files[file] = len(data)
+        units += join_parts(file, [literal(0, data)])
+    check_units(units, files)
+    options = {"direction": "to-hf", "weights": request.weights}
+    sources = {chunk.path for tensor, _ in source.places.values() for chunk in tensor.chunks}
+    return Plan(tuple(units), files, tuple(sorted(sources)), options)
+
+
+class _Maker:
+    """Makes the parts of one tensor after another."""
+
+    def __init__(
+        self,
+        source: MegatronSource,
+        request: Request,
+        regions: Mapping[str, Region],
+        repeats: Mapping[str, str],
+    ) -> None:
+        self._source, self._request = source, request
+        self._regions, self._repeats = regions, repeats
+
+    def parts(self, name: str, dtype: str, shape: tuple[int, ...]) -> list[Part]:
+        """Return the parts of a tensor, cut by rows."""
+        region = self._regions.get(self._repeats.get(name, name))
+        if region is not None:
+            return list(self._weight(name, dtype, region))
+        if name.endswith(SCALE) and not self._request.original_scales:
+            region = self._regions[name.removesuffix(SCALE)]
+            matrix = self._source.matrix(region)
+            return [Part(0, "fresh_scales", dtype, as_matrix(shape), (matrix,), name=name)]
+        return [Part(0, "copy", dtype, as_matrix(shape), (self._carried(name),), name=name)]
+
+    def _weight(self, name: str, dtype: str, region: Region) -> Iterator[Part]:
+        matrix = self._source.matrix(region)
+        rows, columns = as_matrix(region.shape)
+        row_bytes = columns * max(ITEM_BYTES[dtype], ITEM_BYTES[matrix.dtype])
+        scales = None
+        if dtype == "F8_E4M3" and self._request.original_scales:
+            scales = self._carried(name + SCALE)
+        for first, last in cut_rows(rows, row_bytes):
+            piece = take_rows(matrix, first, last)
+            shape = (last - first, columns)
+            if scales is not None:
+                blocks = take_rows(scales, first // BLOCK, -(-last // BLOCK))
+                yield Part(0, "requantise_fp8", dtype, shape, (piece, blocks), name=name)
+            elif dtype == "F8_E4M3":
+                yield Part(0, "quantise_fp8", dtype, shape, (piece,), name=name)
+            else:
+                yield Part(0, cast(piece.dtype, dtype), dtype, shape, (piece,), name=name)
+
+    def _carried(self, name: str) -> Matrix:
+        pattern = self._request.pattern
+        tensor = pattern.carried.get(name) if pattern is not None else None
+        if tensor is None:
+            raise ConversionRefused(f"{name}: neither on Megatron's side nor kept beside it")
+        return whole(str(tensor.path), tensor.start, tensor.dtype, tensor.shape)
+
+
+def _shards(source: MegatronSource, request: Request) -> dict[str, tuple[bytes, list[Entry]]]:
+    """Return the header and the tensors of every shard, in their order."""
+    pattern = request.pattern
+    if pattern is None:
+        return _fresh_shards(source, request)
+    known = {region.name: region.shape for region in source.regions}
+    known |= {name: known[main] for name, main in repeated(source.shape).items()}
+    problems, found = [], {}
+    seen = set()
+    for header in pattern.headers:
+        entries: list[Entry] = []
+        for tensor in header.tensors:
+            seen.add(tensor.name)
+            main = tensor.name.removesuffix(SCALE)
+            expected = known.get(main)
+            if expected is not None and main != tensor.name:
+                expected = num_blocks(expected)
+            if expected is None and not tensor.name.endswith(IGNORED_SUFFIX):
+                problems.append(f"{tensor.name}: the checkpoint has no such tensor")
+            elif expected is not None and tensor.shape != expected:
+                problems.append(f"{tensor.name}: {tensor.shape}, the checkpoint says {expected}")
+            entries += _like(tensor.name, tensor.dtype, tensor.shape, request)
+        same = [(t.name, t.dtype, t.shape) for t in header.tensors] == entries
+        raw = header.raw if same else encode_header(entries, header.metadata)
+        found[header.path.name] = (raw, entries)
+    lost = [name for name in known if name not in seen and name not in repeated(source.shape)]
+    problems += [f"{name}: the pattern has no such tensor" for name in lost]
+    refuse(problems, f"{pattern.path} is of another model than {source.folder.path}")
+    return found
+
+
+def _like(name: str, dtype: str, shape: tuple[int, ...], request: Request) -> list[Entry]:
+    """Return the entries that take the place of a pattern's tensor."""
+    plain = {"bf16": "BF16", "fp32": "F32"}
+    if name.endswith(SCALE):
+        return [] if request.weights in plain else [(name, dtype, shape)]
+    if dtype == "F8_E4M3" and request.weights in plain:
+        return [(name, plain[request.weights], shape)]
+    if request.weights == "fp8" and dtype == "BF16" and _is_linear(name, shape):
+        return [(name, "F8_E4M3", shape), (name + SCALE, "F32", num_blocks(shape))]
+    if dtype == "BF16" and request.weights == "fp32":
+        return [(name, "F32", shape)]
+    return [(name, dtype, shape)]
+
+
+def _fresh_shards(source: MegatronSource, request: Request) -> dict[str, tuple[bytes, list[Entry]]]:
+    groups: list[list[Entry]] = [[]]
+    filled = 0
+    for region in source.regions:
+        dtype = "F32" if region.fp32 or request.weights == "fp32" else "BF16"
+        entries = _like(region.name, dtype, region.shape, request)
+        num_bytes = sum(map(_num_bytes, entries))
+        if groups[-1] and filled + num_bytes > request.shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1] += entries
+        filled += num_bytes
+    count = len(groups)
+    names = [f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)]
+    if count == 1:
+        names = ["model.safetensors"]
+    return {
+        name: (encode_header(group, {"format": "pt"}), group)
+        for name, group in zip(names, groups, strict=True)
+    }
+
+
+def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
+    """Tell whether the releases store a matrix in FP8: attention and feed-forward, not the gate."""
+    if len(shape) != 2 or name.endswith((".mlp.gate.weight", ".eh_proj.weight")):
+        return False
+    return ".self_attn." in name or ".mlp." in name
+
+
+def _num_bytes(entry: Entry) -> int:
+    return math.prod(entry[2]) * ITEM_BYTES[entry[1]]
+
+
+def _index(request: Request, weight_map: Mapping[str, str], num_bytes: int) -> bytes:
+    """Return the index: the pattern's own bytes where they are right."""
+    pattern = request.pattern
+    index = pattern.index if pattern is not None else None
+    if index is not None and json.loads(index)["weight_map"] == weight_map:
+        return index
+    value = {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def _small_files(request: Request) -> dict[str, bytes]:
+    """Return the files beside the weights; config.json says how the weights are stored."""
+    pattern = request.pattern
+    found = {path.name: path.read_bytes() for path in (pattern.small_files if pattern else ())}
+    text = found.get(CONFIG)
+    config = dict(json.loads(text)) if text else dict(request.config)
+    has_fp8 = (config.get("quantization_config") or {}).get("quant_method") == "fp8"
+    if text and has_fp8 == (request.weights == "fp8") and request.weights != "fp32":
+        return found
+    config.pop("quantization_config", None)
+    if request.weights == "fp8":
+        config["quantization_config"] = _FP8_CONFIG
+    config["torch_dtype"] = _DTYPE_NAMES[request.weights]
+    found[CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
+    return found
