@@ -8,8 +8,12 @@ report, arXiv 2507.20534; Moonlight report, arXiv 2502.16982.
 
 from __future__ import annotations
 
+import ast
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 ROUTER_BIAS_RULES = ("sign", "mean_centred")
@@ -44,3 +48,48 @@ class K2TransformerConfig(MLATransformerConfig):
         if self.k2_max_attention_logit and not self.k2_te_max_attention_logit:
             # The training loop logs ours; this field would ask Transformer Engine for its own.
             self.log_max_attention_logit = False
+
+
+_RENAMED = {"num_experts": "num_moe_experts", "swiglu": "gated_linear_unit"}
+
+
+def config_from_arguments(arguments: Mapping[str, Any], **overrides: Any) -> K2TransformerConfig:
+    """Return the configuration that upstream would copy from these arguments, for the CPU.
+
+    Args:
+        arguments: Megatron's destinations to values; those that are no field are passed over.
+        overrides: fields; they win.
+    """
+    known = set(K2TransformerConfig.__dataclass_fields__)
+    values = {_RENAMED.get(dest, dest): value for dest, value in arguments.items()}
+    values = {name: value for name, value in values.items() if name in known}
+    pattern = values.get("moe_layer_freq", 1)
+    values["moe_layer_freq"] = _layer_pattern(pattern) if isinstance(pattern, str) else pattern
+    values.update(
+        activation_func=torch.nn.functional.silu,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        transformer_impl="local",
+        use_cpu_initialization=True,
+        deallocate_pipeline_outputs=True,
+    )
+    return K2TransformerConfig(**{**values, **overrides})
+
+
+def _layer_pattern(text: str) -> list[int]:
+    """Return the list that a sum of products such as ``([0]*1+[1]*60)`` stands for."""
+
+    def value(node: ast.expr) -> Any:
+        if isinstance(node, ast.Constant):
+            return node.value
+        if isinstance(node, ast.List):
+            return [value(item) for item in node.elts]
+        assert isinstance(node, ast.BinOp), text
+        left, right = value(node.left), value(node.right)
+        return left * right if isinstance(node.op, ast.Mult) else left + right
+
+    found: list[int] = value(ast.parse(text, mode="eval").body)
+    return found

@@ -13,34 +13,14 @@ import torch
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from megatron_k2 import parallel
-from megatron_k2.model.config import K2TransformerConfig
+from megatron_k2.model.config import K2TransformerConfig, config_from_arguments
 from megatron_k2.model.specs import get_k2_decoder_block_spec
 from megatron_k2.presets import load_preset
 
-_NOT_CONFIG = {"num_experts": "num_moe_experts", "swiglu": "gated_linear_unit"}
-
-
 def preset_config(name: str, **overrides: Any) -> K2TransformerConfig:
     """Build a preset's K2TransformerConfig the way upstream's argument copy would."""
-    known = set(K2TransformerConfig.__dataclass_fields__)
-    values: dict[str, Any] = {}
-    for dest, entry in load_preset(name).fields.items():
-        target = _NOT_CONFIG.get(dest, dest)
-        if target in known:
-            values[target] = entry.value
-    values["moe_layer_freq"] = eval(str(values.get("moe_layer_freq", 1)), {"__builtins__": {}})
-    values.update(
-        activation_func=torch.nn.functional.silu,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        apply_rope_fusion=False,
-        transformer_impl="local",
-        use_cpu_initialization=True,
-        deallocate_pipeline_outputs=True,
-    )
-    return K2TransformerConfig(**{**values, **overrides})
+    values = {dest: entry.value for dest, entry in load_preset(name).fields.items()}
+    return config_from_arguments(values, **overrides)
 
 
 def enter_fake_world(rank: int, world_size: int, **sizes: Any) -> Any:

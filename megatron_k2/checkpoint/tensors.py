@@ -1,0 +1,58 @@
+"""Single tensors of a Hugging Face folder as torch tensors, dequantised: for loaders and checks."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_k2.checkpoint.hf.source import HFSource
+from megatron_k2.checkpoint.stream.direct_io import Buffer, Inputs
+from megatron_k2.checkpoint.stream.units import as_matrix
+from megatron_k2.checkpoint.stream.worker import convert
+
+_TORCH = {"BF16": torch.bfloat16, "F32": torch.float32}
+FP8_ROWS = 128
+"""Rows of a quantised tensor are read from a multiple of this on."""
+
+
+class TensorReader:
+    """Reads rows of a checked folder's weights."""
+
+    def __init__(self, source: HFSource) -> None:
+        self.source = source
+        self._inputs = Inputs()
+        self._buffers: list[Buffer] = []
+
+    def rows(self, name: str, first: int, last: int, dtype: str = "BF16") -> Tensor:
+        """Return rows ``[first, last)`` of a tensor; a vector is one row.
+
+        Args:
+            name: the text model's own name.
+            first: any row.
+            last: the row after the last.
+            dtype: BF16 or F32.
+
+        Returns:
+            [last - first, columns] in memory of its own.
+        """
+        weight = self.source.weights[name]
+        begin = first - first % FP8_ROWS
+        part = weight.part(0, dtype if weight.stored != "F8_E4M3" else "BF16", begin, last)
+        while len(self._buffers) < len(part.inputs):
+            self._buffers.append(Buffer())
+        pairs = zip(part.inputs, self._buffers, strict=False)
+        data = [self._inputs.read(matrix, buffer) for matrix, buffer in pairs]
+        memory = np.empty(part.num_bytes, np.uint8)
+        convert(part, data, memoryview(memory))
+        made = torch.from_numpy(memory).view(_TORCH[part.dtype]).view(part.shape)
+        return made[first - begin :].to(_TORCH[dtype])
+
+    def tensor(self, name: str, dtype: str = "BF16") -> Tensor:
+        """Return a whole tensor in its own shape."""
+        shape = self.source.weights[name].shape
+        return self.rows(name, 0, as_matrix(shape)[0], dtype).view(shape)
+
+    def close(self) -> None:
+        """Close all files."""
+        self._inputs.close()

@@ -1,0 +1,234 @@
+"""Runs a Hugging Face model and its Megatron conversion side by side, one layer in memory at a time.
+
+transformers' DeepseekV3 layers with the folder's weights, and K2's own layers with what
+``megatron.core.dist_checkpointing`` loads, on the CPU in fp32. Each side goes on from its own hidden
+states, so that the last line is the difference of the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_k2.checkpoint.hf.arguments import arguments_from_config, rope_scaling, rope_theta
+from megatron_k2.checkpoint.hf.model import text_config
+from megatron_k2.checkpoint.hf.source import open_source
+from megatron_k2.checkpoint.tensors import TensorReader
+from megatron_k2.checkpoint.torch_dist import folder as dist_folder
+
+TOLERANCE = 1e-5
+"""Of the standard deviation of the values compared, a layer; fp32 sums in another order."""
+_ROWS = 8192  # of the vocabulary at a time
+
+
+def compare(left: Path, right: Path, tokens: int) -> int:
+    """Print the difference after every layer; return 0 if all are within the tolerance.
+
+    Args:
+        left: a Hugging Face folder or a Megatron checkpoint.
+        right: the other.
+        tokens: of the trial text.
+    """
+    hugging_face, megatron = (right, left) if dist_folder.is_checkpoint(left) else (left, right)
+    worst = 0.0
+    for name, difference in differences(hugging_face, dist_folder.resolve(megatron), tokens):
+        tqdm.write(f"  {name:12s} {difference:.1e}")
+        worst = max(worst, difference)
+    verdict = "within" if worst <= TOLERANCE else "NOT within"
+    print(f"largest difference {worst:.1e} of the values' spread, {verdict} {TOLERANCE:.0e}")
+    return 0 if worst <= TOLERANCE else 1
+
+
+@torch.no_grad()
+def differences(hugging_face: Path, megatron: Path, tokens: int) -> Iterator[tuple[str, float]]:
+    """Yield (place, largest difference over the standard deviation) after each layer.
+
+    Args:
+        hugging_face: the folder.
+        megatron: the folder of one iteration.
+        tokens: of a text of random ids.
+    """
+    source = open_source(hugging_face)
+    reader = TensorReader(source)
+    config = text_config(source.folder.config)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, source.shape.vocab_size, (tokens,), generator=generator)
+    embeddings = [reader.rows("model.embed_tokens.weight", i, i + 1, "F32") for i in ids.tolist()]
+    with _single_process():
+        theirs = torch.cat(embeddings).unsqueeze(0)
+        ours = _load(_embedding(config), "embedding.", megatron).word_embeddings(ids.unsqueeze(0))
+        yield "embedding", _difference(theirs, ours)
+        reference = _Reference(config, reader, theirs)
+        ours = ours.transpose(0, 1)
+        for layer in tqdm(range(source.shape.num_layers), desc="layers", leave=False):
+            theirs = reference.layer(layer, theirs)
+            ours = _our_layer(config, layer, megatron)(ours, attention_mask=None)[0]
+            yield f"layer {layer}", _difference(theirs, ours.transpose(0, 1))
+        theirs = reference.norm(theirs)
+        ours = _load(_final_norm(config), "decoder.final_layernorm.", megatron)(ours)
+        yield "final norm", _difference(theirs, ours.transpose(0, 1))
+        yield "logits", _logits(reader, megatron, theirs, ours.transpose(0, 1))
+    reader.close()
+
+
+class _Reference:
+    """transformers' layers, one at a time."""
+
+    def __init__(self, config: Any, reader: TensorReader, hidden: Tensor) -> None:
+        from transformers import DeepseekV3Config
+        from transformers.models.deepseek_v3 import modeling_deepseek_v3 as theirs
+
+        fields = {k: v for k, v in config.items() if k not in ("model_type", "architectures")}
+        fields.pop("quantization_config", None)
+        rope: dict[str, Any] = {"rope_type": "default", **(rope_scaling(config) or {})}
+        rope.update(rope_type=rope.pop("type", rope["rope_type"]), rope_theta=rope_theta(config))
+        fields.pop("rope_scaling", None)
+        self.config = DeepseekV3Config(**{**fields, "rope_parameters": rope})
+        self.config._attn_implementation = "eager"
+        self._theirs, self._reader = theirs, reader
+        positions = torch.arange(hidden.shape[1]).unsqueeze(0)
+        self._rotary = theirs.DeepseekV3RotaryEmbedding(self.config)(hidden, positions)
+        above = torch.full((hidden.shape[1],) * 2, float("-inf")).triu(1)
+        self._mask = above[None, None]
+
+    def layer(self, index: int, hidden: Tensor) -> Tensor:
+        """Return the hidden states after a layer."""
+        with torch.device("meta"):
+            module = self._theirs.DeepseekV3DecoderLayer(self.config, index)
+        folder = f"model.layers.{index}."
+        state = {name: self._weight(folder, name) for name in module.state_dict()}
+        module.load_state_dict(state, assign=True)
+        return module(hidden, attention_mask=self._mask, position_embeddings=self._rotary)
+
+    def norm(self, hidden: Tensor) -> Tensor:
+        """Return the final norm's output."""
+        module = self._theirs.DeepseekV3RMSNorm(self.config.hidden_size, self.config.rms_norm_eps)
+        module.weight = torch.nn.Parameter(self._reader.tensor("model.norm.weight", "F32"))
+        return module(hidden)
+
+    def _weight(self, folder: str, name: str) -> Tensor:
+        """Return a layer's tensor; transformers stacks the experts."""
+        if not name.startswith("mlp.experts."):
+            return self._reader.tensor(folder + name, "F32")
+        parts = ("gate_proj", "up_proj") if name.endswith("gate_up_proj") else ("down_proj",)
+        experts = [
+            torch.cat(
+                [
+                    self._reader.tensor(f"{folder}mlp.experts.{expert}.{part}.weight", "F32")
+                    for part in parts
+                ]
+            )
+            for expert in range(self.config.n_routed_experts)
+        ]
+        return torch.stack(experts)
+
+
+def _our_config(config: Any) -> Any:
+    from megatron_k2.model.config import config_from_arguments
+
+    return config_from_arguments(
+        arguments_from_config(config) | {"mtp_num_layers": None},
+        params_dtype=torch.float32,
+        perform_initialization=False,
+        moe_router_load_balancing_type="none",
+        moe_token_dispatcher_type="alltoall",
+    )
+
+
+def _our_layer(config: Any, index: int, megatron: Path) -> Any:
+    from megatron.core.transformer.spec_utils import build_module
+
+    from megatron_k2.model.specs import get_k2_layer_specs
+
+    ours = _our_config(config)
+    spec = get_k2_layer_specs(ours).layer_specs[index]
+    module = build_module(spec, config=ours, layer_number=index + 1)
+    return _load(module, f"decoder.layers.{index}.", megatron).eval()
+
+
+def _embedding(config: Any) -> Any:
+    from megatron.core.models.common.embeddings.language_model_embedding import (
+        LanguageModelEmbedding,
+    )
+
+    ours = _our_config(config)
+    return LanguageModelEmbedding(ours, config["vocab_size"], 1, "rope").eval()
+
+
+def _final_norm(config: Any) -> Any:
+    from megatron_k2.model.norm import K2RMSNorm
+
+    ours = _our_config(config)
+    return K2RMSNorm(ours, ours.hidden_size, ours.layernorm_epsilon)
+
+
+def _load(module: Any, prefix: str, megatron: Path) -> Any:
+    """Load one module as Megatron does, from the global tensors under its prefix."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.transformer.utils import sharded_state_dict_default
+
+    metadata = {"singleton_local_shards": False}
+    described = sharded_state_dict_default(module, prefix, (), metadata)
+    loaded = dist_checkpointing.load(described, str(megatron))
+    own = {name.removeprefix(prefix): value for name, value in loaded.items() if prefix in name}
+    module.load_state_dict(own, strict=False)
+    return module
+
+
+def _logits(reader: TensorReader, megatron: Path, theirs: Tensor, ours: Tensor) -> float:
+    """Return the logits' largest difference over their spread, a part of the vocabulary at a time."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    rows, columns = reader.source.weights["lm_head.weight"].shape
+    worst, squares = 0.0, 0.0
+    for first in range(0, rows, _ROWS):
+        last = min(rows, first + _ROWS)
+        part = torch.empty(last - first, columns)
+        described = ShardedTensor(
+            "output_layer.weight", part, part.dtype, tuple(part.shape), (rows, columns),
+            (first, 0), None,
+        )  # fmt: skip
+        loaded = dist_checkpointing.load(
+            {"part": described}, str(megatron), validate_access_integrity=False
+        )
+        expected = theirs @ reader.rows("lm_head.weight", first, last, "F32").T
+        worst = max(worst, (ours @ loaded["part"].T - expected).abs().max().item())
+        squares += expected.square().sum().item()
+    return worst / (squares / (theirs.shape[1] * rows)) ** 0.5
+
+
+def _difference(expected: Tensor, found: Tensor) -> float:
+    return ((expected - found).abs().max() / expected.std()).item()
+
+
+class _single_process:  # noqa: N801 - a context manager, used like a function
+    """A gloo world of one, unless there is a world already."""
+
+    def __enter__(self) -> None:
+        import megatron_k2
+        from megatron_k2 import parallel
+
+        self._own = not torch.distributed.is_initialized()
+        if not self._own:
+            return
+        megatron_k2.register("cpu")
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        parallel.initialize_model_parallel()
+        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+        model_parallel_cuda_manual_seed(1)
+
+    def __exit__(self, *unused: Any) -> None:
+        from megatron_k2 import parallel
+
+        if self._own:
+            parallel.destroy_model_parallel()
+            torch.distributed.destroy_process_group()
+
