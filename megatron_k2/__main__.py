@@ -39,6 +39,13 @@ def main(argv: list[str] | None = None) -> int:
     if not script.is_file():
         print(f"megatron_k2: error: SCRIPT {script} does not exist", file=sys.stderr)
         return 2
+    if any(argument.partition("=")[0] == "--k2-load-hf" for argument in arguments):
+        message = (
+            "megatron_k2: error: --k2-load-hf is of `-m megatron_k2.training.pretrain`; for a stock "
+            "script convert the folder (tools/convert_checkpoint.py to-megatron) and give --load"
+        )
+        print(message, file=sys.stderr)
+        return 2
     sys.argv = [str(script), *arguments[1:]]
     _set_path(script.resolve().parent, root)
     from megatron_k2.training.command_line import run_as_command

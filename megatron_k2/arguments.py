@@ -12,9 +12,13 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_k2 import compat, device
+from megatron_k2.checkpoint.errors import ConversionRefused
+from megatron_k2.checkpoint.hf.arguments import arguments_from_config
+from megatron_k2.checkpoint.hf.folder import read_json
 from megatron_k2.inputs import UsageError, check_data_files
 from megatron_k2.layouts import validate_layout
 from megatron_k2.presets import Preset, list_presets, load_preset
@@ -91,6 +95,9 @@ def add_k2_args(
     name = device.flag_value("--k2-preset", argv)
     if name is not None:
         parser.set_defaults(**_preset_defaults(_load(name)))
+    folder = device.flag_value("--k2-load-hf", argv)
+    if folder is not None:
+        parser.set_defaults(**_model_of(folder, parser))
     where = device.resolve_device(device.flag_value("--k2-device", argv) or "auto")
     if where == "cpu":
         parser.set_defaults(**_HOST_DEFAULTS)
@@ -139,6 +146,13 @@ def _add_run_args(group: Any) -> None:
         choices=("full", "size", "off"),
         default="full",
         help="Check a checkpoint before loading: sizes and checksums, sizes only, or nothing.",
+    )
+
+    group.add_argument(
+        "--k2-load-hf",
+        metavar="DIR",
+        help="Start from a Hugging Face folder of the DeepSeek-V3 family, BF16, block FP8 or INT4; "
+        "its config.json gives the model's arguments. A checkpoint in --load wins.",
     )
 
 
@@ -389,6 +403,23 @@ def _is_bf16(precision: str, where: str) -> bool:
 def _preset_defaults(preset: Preset) -> dict[str, Any]:
     defaults = {name: field.value for name, field in preset.fields.items()}
     return {"spec": list(SPEC), "exit_signal_handler": True, **defaults}
+
+
+def _model_of(folder: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """Return the arguments that a Hugging Face folder's config.json gives, as defaults."""
+    try:
+        config = read_json(Path(folder) / "config.json")
+        found = arguments_from_config(config)
+    except ConversionRefused as error:
+        raise UsageError(f"--k2-load-hf {folder}: {error}") from error
+    known = {action.dest for action in parser._actions}
+    values = {dest: value for dest, value in found.items() if dest in known}
+    for dest in (
+        "padded_vocab_size",
+        "mtp_num_layers",
+    ):  # follow from flags; prediction layers stay
+        values.pop(dest, None)
+    return {"spec": list(SPEC), "exit_signal_handler": True, **values}
 
 
 def _load(name: str) -> Preset:

@@ -56,11 +56,11 @@ def to_megatron(source: Path, target: Path, options: Options, workers: int, quie
     """
     if (target / intact.TRACKER).exists():
         raise ConversionRefused(f"{target}: holds a checkpoint already; give another folder")
-    release = target / dist_folder.RELEASE
+    release = target / intact.RELEASE
     if not release.exists():  # else only the tracker is missing: a kill came between
         made = plan_to_megatron(hf_source.open_source(source), options.dtype)
         convert(made, release, workers, quiet)
-    intact.publish_text(target / intact.TRACKER, dist_folder.RELEASE)
+    intact.publish_text(target / intact.TRACKER, intact.RELEASE)
     return release
 
 
@@ -120,8 +120,11 @@ def _plan_to_hf(source: Path, options: Options) -> Plan:
     ) == "original"
     if original and (weights != "fp8" or not had_fp8):
         raise ConversionRefused("--scales original: needs --weights fp8 and a --like that is FP8")
-    checked = dist_source.open_source(folder, shape_from_config(config))
-    request = Request(weights, original, pattern, config, options.shard_bytes)
+    shape = shape_from_config(config)
+    if not any(key.startswith("mtp.") for key in folder.tensors):
+        shape = replace(shape, mtp_num_layers=0)  # trained without the prediction layers
+    checked = dist_source.open_source(folder, shape)
+    request = Request(weights, original, pattern, config, shape.mtp_num_layers, options.shard_bytes)
     made = plan_to_hf(checked, request)
     asked = {
         "scales": SCALES[0] if original else SCALES[1],

@@ -23,6 +23,7 @@ from typing import Any
 
 MANIFEST = "megatron_k2_manifest.json"
 TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"  # Megatron's directory of converted weights, and the tracker's word for it
 REPLACED_SUFFIX = ".replaced"
 LEVELS = ("full", "size", "off")
 _CONFIG = "metadata.json"

@@ -16,7 +16,7 @@ import torch
 
 from megatron_k2.checkpoint import intact
 
-_verified: set[tuple[str, int]] = set()
+_verified: set[tuple[str, int | str]] = set()
 # Layout arguments that only a fully reshardable optimizer state survives.
 _LAYOUT_FLAGS = {
     "tensor_model_parallel_size": "--tensor-model-parallel-size",
@@ -46,24 +46,25 @@ def require_intact(save_dir: str, iteration: int | None, level: str = "full") ->
     iteration = iteration or _tracked_iteration(save_dir, is_first=rank == 0)
     if iteration is None or (save_dir, iteration) in _verified:
         return
+    directory = _directory(save_dir, iteration)
     if rank == 0:
-        intact.restore_replaced(intact.iteration_directory(save_dir, iteration))
+        intact.restore_replaced(directory)
     _broadcast(None)  # nobody reads before the directory is in place
     if not distributed:
-        problems = intact.verify(save_dir, iteration, "size")
+        problems = intact.verify_directory(directory, "size")
     else:
-        problems = _verify_together(save_dir, iteration, level)
+        problems = _verify_together(directory, level)
     if problems:
         offered = intact.offer(save_dir, level) if rank == 0 or not distributed else None
         way_out = _broadcast(offered)
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise intact.DamagedCheckpointError(
-            f"checkpoint of iteration {iteration} in {save_dir} is damaged: {problems[0]}{more}; "
+            f"checkpoint of {_name(iteration)} in {save_dir} is damaged: {problems[0]}{more}; "
             f"{way_out}"
         )
     if distributed:
         _verified.add((save_dir, iteration))
-        if rank == 0 and not intact.has_manifest(save_dir, iteration):
+        if rank == 0 and not (directory / intact.MANIFEST).is_file():
             print(
                 f"note: checkpoint {iteration} in {save_dir} has no manifest, so that its files "
                 "are loaded unverified (it was saved without megatron_k2)",
@@ -102,8 +103,19 @@ def forget() -> None:
     _verified.clear()
 
 
-def _tracked_iteration(save_dir: str, is_first: bool) -> int | None:
-    """Return what the tracker file names; None if there is none or it names a release.
+def _name(iteration: int | str) -> str:
+    return f"iteration {iteration}" if isinstance(iteration, int) else f"the {iteration}"
+
+
+def _directory(save_dir: str, iteration: int | str) -> Path:
+    """Return the directory of an iteration or of a release."""
+    if iteration == intact.RELEASE:
+        return Path(save_dir) / intact.RELEASE
+    return intact.iteration_directory(save_dir, int(iteration))
+
+
+def _tracked_iteration(save_dir: str, is_first: bool) -> int | str | None:
+    """Return what the tracker file names, a number or ``release``; None if there is none.
 
     Args:
         save_dir: directory of the tracker file.
@@ -123,8 +135,8 @@ def _tracked_iteration(save_dir: str, is_first: bool) -> int | None:
             )
         return None
     text = tracker.read_text(encoding="utf-8", errors="replace").strip()
-    if text == "release":
-        return None
+    if text == intact.RELEASE:
+        return text
     if not text.isdigit():
         raise intact.DamagedCheckpointError(
             f"{tracker} names no iteration but {text!r}; {intact.offer(save_dir, 'size')}"
@@ -132,11 +144,11 @@ def _tracked_iteration(save_dir: str, is_first: bool) -> int | None:
     return int(text)
 
 
-def _verify_together(save_dir: str, iteration: int, level: str) -> list[str]:
+def _verify_together(directory: Path, level: str) -> list[str]:
     """Return the problems that all ranks found, each in its share of the files."""
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     found: list[Any] = [None] * world_size
-    mine = intact.verify(save_dir, iteration, level, share=(rank, world_size))
+    mine = intact.verify_directory(directory, level, share=(rank, world_size))
     torch.distributed.all_gather_object(found, mine)
     return sorted({problem for problems in found for problem in problems})
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +54,7 @@ class Request:
     original_scales: bool  # the pattern's, for weights that nobody trained
     pattern: Pattern | None
     config: Mapping[str, Any]  # used without a pattern
+    mtp_num_layers: int = 0
     shard_bytes: int = SHARD_BYTES
 
 
@@ -150,6 +152,8 @@ def _shards(source: MegatronSource, request: Request) -> dict[str, tuple[bytes, 
     for header in pattern.headers:
         entries: list[Entry] = []
         for tensor in header.tensors:
+            if _layer_of(tensor.name) >= source.shape.num_layers + source.shape.mtp_num_layers:
+                continue  # a prediction layer that was not trained
             seen.add(tensor.name)
             main = tensor.name.removesuffix(SCALE)
             expected = known.get(main)
@@ -167,6 +171,12 @@ def _shards(source: MegatronSource, request: Request) -> dict[str, tuple[bytes, 
     problems += [f"{name}: the pattern has no such tensor" for name in lost]
     refuse(problems, f"{pattern.path} is of another model than {source.folder.path}")
     return found
+
+
+def _layer_of(name: str) -> int:
+    """Return the layer's number in a tensor's name, -1 without one."""
+    found = re.match(r"model\.layers\.(\d+)\.", name)
+    return int(found[1]) if found else -1
 
 
 def _like(name: str, dtype: str, shape: tuple[int, ...], request: Request) -> list[Entry]:
@@ -233,8 +243,12 @@ def _small_files(request: Request) -> dict[str, bytes]:
     text = found.get(CONFIG)
     config = dict(json.loads(text)) if text else dict(request.config)
     has_fp8 = (config.get("quantization_config") or {}).get("quant_method") == "fp8"
-    if text and has_fp8 == (request.weights == "fp8") and request.weights != "fp32":
+    depth = request.mtp_num_layers
+    same_depth = (config.get("num_nextn_predict_layers") or 0) == depth
+    same_weights = has_fp8 == (request.weights == "fp8") and request.weights != "fp32"
+    if text and same_weights and same_depth:
         return found
+    config["num_nextn_predict_layers"] = depth
     config.pop("quantization_config", None)
     if request.weights == "fp8":
         config["quantization_config"] = _FP8_CONFIG

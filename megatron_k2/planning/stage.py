@@ -17,6 +17,7 @@ from megatron_k2.model.config import K2TransformerConfig, config_from_arguments
 from megatron_k2.model.specs import get_k2_decoder_block_spec
 from megatron_k2.presets import load_preset
 
+
 def preset_config(name: str, **overrides: Any) -> K2TransformerConfig:
     """Build a preset's K2TransformerConfig the way upstream's argument copy would."""
     values = {dest: entry.value for dest, entry in load_preset(name).fields.items()}

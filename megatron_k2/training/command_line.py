@@ -19,6 +19,7 @@ def run_as_command(main: Callable[[], Any]) -> int:
         main: what to run once K2 is registered.
     """
     import megatron_k2
+    from megatron_k2.checkpoint.errors import ConversionRefused
     from megatron_k2.checkpoint.intact import CheckpointRefused
     from megatron_k2.checkpoint.save_outcome import exit_code_of_last_save
     from megatron_k2.inputs import UsageError
@@ -32,7 +33,7 @@ def run_as_command(main: Callable[[], Any]) -> int:
     try:
         with exit_code_of_last_save():
             main()
-    except (UsageError, CheckpointRefused) as error:
+    except (UsageError, CheckpointRefused, ConversionRefused) as error:
         _kill_data_workers()
         return _refuse(error)
     except BaseException as error:

@@ -1,8 +1,9 @@
-"""Runs a Hugging Face model and its Megatron conversion side by side, one layer in memory at a time.
+"""Runs a Hugging Face model and its Megatron conversion side by side, one layer in memory at a
+time.
 
 transformers' DeepseekV3 layers with the folder's weights, and K2's own layers with what
-``megatron.core.dist_checkpointing`` loads, on the CPU in fp32. Each side goes on from its own hidden
-states, so that the last line is the difference of the logits.
+``megatron.core.dist_checkpointing`` loads, on the CPU in fp32. Each side goes on from its own
+hidden states, so that the last line is the difference of the logits.
 """
 
 from __future__ import annotations
@@ -192,7 +193,7 @@ def _logits(reader: TensorReader, megatron: Path, theirs: Tensor, ours: Tensor) 
         part = torch.empty(last - first, columns)
         described = ShardedTensor(
             "output_layer.weight", part, part.dtype, tuple(part.shape), (rows, columns),
-            (first, 0), None,
+            (first, 0), None, allow_shape_mismatch=True,
         )  # fmt: skip
         loaded = dist_checkpointing.load(
             {"part": described}, str(megatron), validate_access_integrity=False
@@ -231,4 +232,3 @@ class _single_process:  # noqa: N801 - a context manager, used like a function
         if self._own:
             parallel.destroy_model_parallel()
             torch.distributed.destroy_process_group()
-

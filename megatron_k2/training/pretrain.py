@@ -24,6 +24,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from megatron_k2.checkpoint import intact
+from megatron_k2.checkpoint.load_hf import LoadHF
 from megatron_k2.inputs import UsageError, check_splits, require_data
 from megatron_k2.training.batch import get_batch, needs_data
 from megatron_k2.training.command_line import run_as_command
@@ -229,6 +231,11 @@ def embedding_ranks(pp_ranks: list[int]) -> list[int]:
     return sorted({pp_ranks[0], *(pp_ranks[-1:] if tied else ())})
 
 
+def _has_checkpoint(load_dir: str | None) -> bool:
+    """Tell whether Megatron is about to load weights over those of ``--k2-load-hf``."""
+    return load_dir is not None and (Path(load_dir) / intact.TRACKER).is_file()
+
+
 def main() -> None:
     """Parse the command line, build the model and train."""
     from megatron.core.enums import ModelType
@@ -245,6 +252,8 @@ def main() -> None:
     if args.train_iters is None and args.train_samples is None:
         raise UsageError("no length of the run: give --train-iters or --train-samples")
     model_config = gpt_config_from_args(args)
+    if args.k2_load_hf and not _has_checkpoint(args.load):
+        model_config.post_wrap_hooks.append(LoadHF(Path(args.k2_load_hf)))
     pretrain(
         pretrain_cfg_container_from_args(args, model_config),
         datasets_provider,

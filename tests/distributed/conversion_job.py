@@ -11,23 +11,26 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_mtp_block_spec,
+)
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from megatron_k2 import parallel
 from megatron_k2.checkpoint.hf.arguments import arguments_from_config
 from megatron_k2.model.config import config_from_arguments
-from megatron_k2.model.specs import get_k2_decoder_block_spec, get_k2_layer_specs
+from megatron_k2.model.specs import _is_moe, get_k2_decoder_block_spec, get_k2_layer_specs
 from tests.distributed.training_job import initialize
 
 VOCABULARY_MULTIPLE = 128  # Megatron's default, times the tensor-parallel size
 Piece = tuple[str, tuple[int, ...], tuple[int, ...], np.ndarray]
 
 
-def build(config: dict[str, Any], layout: dict[str, Any]) -> list[Any]:
-    """Return this rank's model chunks, with a padded vocabulary."""
+def build(config: dict[str, Any], layout: dict[str, Any], grouped: bool = True) -> list[Any]:
+    """Return this rank's model chunks, with a padded vocabulary; experts grouped or apart."""
     groups = initialize(layout)
-    arguments = arguments_from_config(config)
+    arguments = arguments_from_config(config) | {"moe_grouped_gemm": grouped}
     transformer = config_from_arguments(
         arguments, params_dtype=torch.float32, pipeline_dtype=torch.float32,
         moe_router_load_balancing_type="none",
@@ -36,13 +39,24 @@ def build(config: dict[str, Any], layout: dict[str, Any]) -> list[Any]:
     if transformer.mtp_num_layers:
         return [_with_mtp(config, transformer, groups)]
     model_config = GPTModelConfig(
-        transformer=transformer, transformer_layer_spec=get_k2_decoder_block_spec,
+        transformer=transformer,
+        transformer_layer_spec=get_k2_decoder_block_spec if grouped else _with_single_experts,
         vocab_size=config["vocab_size"], make_vocab_size_divisible_by=VOCABULARY_MULTIPLE,
         should_pad_vocab=True, seq_length=64, position_embedding_type="rope",
     )  # fmt: skip
     builder = GPTModelBuilder(model_config)
     chunks: list[Any] = builder.build_distributed_models(groups, None, wrap_with_ddp=False)
     return chunks
+
+
+def _with_single_experts(model_config: Any, vp_stage: int | None = None) -> Any:
+    """Return K2's block with upstream's ``SequentialMLP``: the storage one by one is upstream's."""
+    block = get_k2_decoder_block_spec(model_config, vp_stage)
+    stock = get_gpt_decoder_block_spec(model_config.transformer, False, vp_stage=vp_stage)
+    for layer, source in zip(block.layer_specs, stock.layer_specs, strict=True):
+        if _is_moe(source.submodules):
+            layer.submodules.mlp = source.submodules.mlp
+    return block
 
 
 def _with_mtp(config: dict[str, Any], transformer: Any, groups: Any) -> Any:
@@ -71,7 +85,7 @@ def load(
         save: save the model again into this folder.
         one_by_one: save experts as tensors of their own (``singleton_local_shards``).
     """
-    chunks = build(config, layout)
+    chunks = build(config, layout, grouped=not one_by_one)
     groups = parallel.get_pg_collection()
     metadata = {"singleton_local_shards": False, "dp_cp_group": groups.dp_cp}
     described = {

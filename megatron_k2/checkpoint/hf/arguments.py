@@ -31,6 +31,15 @@ _FIXED_ARGUMENTS: Mapping[str, Any] = {
 }
 """What every model of the family has."""
 
+_CONFIG_DEFAULTS: Mapping[str, Any] = {
+    "attention_dropout": 0.0,
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.02,
+    "routed_scaling_factor": 2.5,
+    "max_position_embeddings": 4096,
+}
+"""DeepseekV3Config's own values of fields that a config.json may leave out; Megatron's differ."""
+
 _FIXED_CONFIG: Mapping[str, Any] = {
     "architectures": ["DeepseekV3ForCausalLM"],
     "model_type": "deepseek_v3",
@@ -60,6 +69,7 @@ def arguments_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     shape = shape_from_config(config)
     config = text_config(config)
+    config = {**_CONFIG_DEFAULTS, **config}
     arguments = {
         dest: config[name] for name, dest in CONFIG_NAMES.items() if config.get(name) is not None
     }
@@ -92,7 +102,8 @@ def config_from_arguments(
 
     Args:
         arguments: the run's, as its checkpoint keeps them.
-        vocab_size: of the tokenizer; None takes ``--vocab-size``, then the padded size.
+        vocab_size: of the tokenizer; None takes ``--vocab-size`` (NullTokenizer adds one to it),
+            then the padded size.
 
     Raises:
         ConversionRefused: the run's model is not one of the family.
@@ -112,7 +123,7 @@ def config_from_arguments(
     config |= {name: arguments.get(dest) for name, dest in CONFIG_NAMES.items()}
     width = arguments["moe_ffn_hidden_size"]
     config |= {
-        "vocab_size": vocab_size or arguments.get("vocab_size") or arguments["padded_vocab_size"],
+        "vocab_size": vocab_size or _vocab_size(arguments),
         "q_lora_rank": arguments.get("q_lora_rank"),
         "n_shared_experts": (arguments.get("moe_shared_expert_intermediate_size") or 0) // width,
         "first_k_dense_replace": _num_dense(arguments),
@@ -150,6 +161,13 @@ def rope_theta(config: Mapping[str, Any]) -> float:
     """Return the base of the rotary embedding."""
     inner = config.get("rope_parameters") or {}
     return float(config.get("rope_theta") or inner.get("rope_theta") or 10000.0)
+
+
+def _vocab_size(arguments: Mapping[str, Any]) -> int:
+    given = arguments.get("vocab_size")
+    if not given:
+        return int(arguments["padded_vocab_size"])
+    return int(given) + (arguments.get("tokenizer_type") == "NullTokenizer")
 
 
 def _num_dense(arguments: Mapping[str, Any]) -> int:

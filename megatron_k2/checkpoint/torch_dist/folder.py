@@ -22,7 +22,6 @@ from megatron_k2.checkpoint.torch_dist.inert_pickle import name_of, read_pickle
 METADATA = ".metadata"
 CONFIG = "metadata.json"
 COMMON_KEY = "common_state/shard_0_1"
-RELEASE = "release"
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def resolve(path: str | Path) -> Path:
     tracker = path / intact.TRACKER
     if tracker.is_file():
         text = tracker.read_text(encoding="utf-8", errors="replace").strip()
-        folder = path / RELEASE if text == RELEASE else None
+        folder = path / intact.RELEASE if text == intact.RELEASE else None
         if text.isdigit():
             folder = intact.iteration_directory(path, int(text))
         if folder is not None and (folder / CONFIG).is_file():
