@@ -18,6 +18,8 @@ INSTALL_REQUIRES = [
     "tensorboard>=2.19,<3",
     "matplotlib>=3.9,<4",
     "tqdm>=4.66,<5",
+    # CRC-32 at memory speed, which the interpreter's zlib lacks, and the CRC of joined pieces.
+    "zlib-ng>=1,<2",
 ]
 EXTRAS_REQUIRE = {
     # Needs CUDA 13, a compiler and --no-build-isolation; used only where torch sees a GPU. It loads

@@ -41,8 +41,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if any(argument.partition("=")[0] == "--k2-load-hf" for argument in arguments):
         message = (
-            "megatron_k2: error: --k2-load-hf is of `-m megatron_k2.training.pretrain`; for a stock "
-            "script convert the folder (tools/convert_checkpoint.py to-megatron) and give --load"
+            "megatron_k2: error: --k2-load-hf is of `-m megatron_k2.training.pretrain`; for a "
+            "stock script convert the folder (convert_checkpoint.py to-megatron) and --load it"
         )
         print(message, file=sys.stderr)
         return 2

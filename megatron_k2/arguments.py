@@ -235,7 +235,8 @@ def _add_muon_formats(group: Any) -> None:
     group.add_argument(
         "--k2-muon-dtype",
         choices=("bf16", "fp16", "fp32"),
-        help="Number format of Newton-Schulz products; --muon-fp32-matmul-prec if not given.",
+        help="Number format of Newton-Schulz products; default: what --muon-fp32-matmul-prec says, "
+        "without that bf16, or fp32 on a CPU without a bf16 unit.",
     )
     group.add_argument(
         "--k2-muon-backend",
@@ -368,6 +369,10 @@ def _validate_muonclip(args: argparse.Namespace) -> None:
             f"--muon-tp-mode {args.muon_tp_mode}: muonclip always orthogonalises whole matrices, "
             "under any tensor parallelism; leave the flag out"
         )
+    if args.k2_muon_dtype is None and "muon_fp32_matmul_prec" not in args.k2_explicit:
+        # Without a bf16 unit torch emulates it: a step of k2-nano took 26 s so, not 2.
+        slow = args.k2_device == "cpu" and not device.host_has_fast_bf16()
+        args.k2_muon_dtype = "fp32" if slow else "bf16"
     args.optimizer = "adam"
     args.use_distributed_optimizer = True
     args.dist_ckpt_optim_fully_reshardable = True

@@ -25,7 +25,12 @@ def dequantise(
         packed: [rows, ceil(columns / 8)].
         scales: [rows, columns / group size] in fp32.
         out: bf16 bits, [rows, columns].
+
+    Raises:
+        ValueError: a scale is no number.
     """
+    if not np.isfinite(scales).all():
+        raise ValueError("a scale is NaN or infinite")
     rows, columns = out.shape
     group = columns // scales.shape[1]
     for first in range(0, rows, STRIP_ROWS):

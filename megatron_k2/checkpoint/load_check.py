@@ -43,10 +43,10 @@ def require_intact(save_dir: str, iteration: int | None, level: str = "full") ->
         return
     distributed = torch.distributed.is_initialized()
     rank = torch.distributed.get_rank() if distributed else int(os.environ.get("RANK", "0"))
-    iteration = iteration or _tracked_iteration(save_dir, is_first=rank == 0)
-    if iteration is None or (save_dir, iteration) in _verified:
+    asked = iteration or _tracked_iteration(save_dir, is_first=rank == 0)
+    if asked is None or (save_dir, asked) in _verified:
         return
-    directory = _directory(save_dir, iteration)
+    directory = _directory(save_dir, asked)
     if rank == 0:
         intact.restore_replaced(directory)
     _broadcast(None)  # nobody reads before the directory is in place
@@ -59,14 +59,14 @@ def require_intact(save_dir: str, iteration: int | None, level: str = "full") ->
         way_out = _broadcast(offered)
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise intact.DamagedCheckpointError(
-            f"checkpoint of {_name(iteration)} in {save_dir} is damaged: {problems[0]}{more}; "
+            f"checkpoint of {_name(asked)} in {save_dir} is damaged: {problems[0]}{more}; "
             f"{way_out}"
         )
     if distributed:
-        _verified.add((save_dir, iteration))
+        _verified.add((save_dir, asked))
         if rank == 0 and not (directory / intact.MANIFEST).is_file():
             print(
-                f"note: checkpoint {iteration} in {save_dir} has no manifest, so that its files "
+                f"note: checkpoint {asked} in {save_dir} has no manifest, so that its files "
                 "are loaded unverified (it was saved without megatron_k2)",
                 flush=True,
             )

@@ -1,4 +1,4 @@
-"""Single tensors of a Hugging Face folder as torch tensors, dequantised: for loaders and checks."""
+"""Single tensors of a folder of either kind as torch tensors, dequantised: for loaders, checks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from megatron_k2.checkpoint.hf.source import HFSource
 from megatron_k2.checkpoint.stream.direct_io import Buffer, Inputs
 from megatron_k2.checkpoint.stream.units import as_matrix
 from megatron_k2.checkpoint.stream.worker import convert
+from megatron_k2.checkpoint.torch_dist.source import MegatronSource
 
 _TORCH = {"BF16": torch.bfloat16, "F32": torch.float32}
 FP8_ROWS = 128
@@ -19,8 +20,9 @@ FP8_ROWS = 128
 class TensorReader:
     """Reads rows of a checked folder's weights."""
 
-    def __init__(self, source: HFSource) -> None:
+    def __init__(self, source: HFSource | MegatronSource) -> None:
         self.source = source
+        self._shapes = {region.name: region.shape for region in source.regions}
         self._inputs = Inputs()
         self._buffers: list[Buffer] = []
 
@@ -36,9 +38,8 @@ class TensorReader:
         Returns:
             [last - first, columns] in memory of its own.
         """
-        weight = self.source.weights[name]
         begin = first - first % FP8_ROWS
-        part = weight.part(0, dtype if weight.stored != "F8_E4M3" else "BF16", begin, last)
+        part = self.source.part(name, dtype, begin, last)
         while len(self._buffers) < len(part.inputs):
             self._buffers.append(Buffer())
         pairs = zip(part.inputs, self._buffers, strict=False)
@@ -48,9 +49,13 @@ class TensorReader:
         made = torch.from_numpy(memory).view(_TORCH[part.dtype]).view(part.shape)
         return made[first - begin :].to(_TORCH[dtype])
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape."""
+        return self._shapes[name]
+
     def tensor(self, name: str, dtype: str = "BF16") -> Tensor:
         """Return a whole tensor in its own shape."""
-        shape = self.source.weights[name].shape
+        shape = self._shapes[name]
         return self.rows(name, 0, as_matrix(shape)[0], dtype).view(shape)
 
     def close(self) -> None:

@@ -11,15 +11,17 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from megatron_k2.checkpoint.errors import ConversionRefused, refuse
 from megatron_k2.checkpoint.fp8_blocks import BLOCK, num_blocks
-from megatron_k2.checkpoint.hf.folder import CONFIG, INDEX
+from megatron_k2.checkpoint.hf.folder import INDEX
 from megatron_k2.checkpoint.hf.pattern import Pattern
 from megatron_k2.checkpoint.hf.safetensors_header import ITEM_BYTES, encode_header
-from megatron_k2.checkpoint.hf.source import SCALE
+from megatron_k2.checkpoint.hf.small_files import index, small_files
+from megatron_k2.checkpoint.hf.weights import SCALE
 from megatron_k2.checkpoint.names import IGNORED_SUFFIX, Region, repeated
 from megatron_k2.checkpoint.stream.kernels import cast
 from megatron_k2.checkpoint.stream.run import Plan, check_units
@@ -38,11 +40,6 @@ from megatron_k2.checkpoint.torch_dist.source import MegatronSource
 
 WEIGHTS = ("bf16", "fp8", "fp32")
 SHARD_BYTES = 5_000_000_000  # what transformers writes
-_FP8_CONFIG = {
-    "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
-    "weight_block_size": [BLOCK, BLOCK],
-}  # fmt: skip
-_DTYPE_NAMES = {"bf16": "bfloat16", "fp8": "bfloat16", "fp32": "float32"}
 Entry = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
 
 
@@ -53,7 +50,10 @@ class Request:
     weights: str  # bf16, fp8 or fp32
     original_scales: bool  # the pattern's, for weights that nobody trained
     pattern: Pattern | None
-    config: Mapping[str, Any]  # used without a pattern
+    config: Mapping[str, Any]  # what config.json is made from
+    small_files: tuple[Path, ...] = ()
+    extra_files: Mapping[str, bytes] = field(default_factory=dict)  # name to contents
+    as_released: bool = False  # the pattern's own files, byte for byte
     mtp_num_layers: int = 0
     shard_bytes: int = SHARD_BYTES
 
@@ -68,20 +68,17 @@ def plan_to_hf(source: MegatronSource, request: Request) -> Plan:
     shards = _shards(source, request)
     files: dict[str, int] = {}
     units: list[Unit] = []
-    index: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
     maker = _Maker(source, request, by_name, repeated(source.shape))
     for file, (header, entries) in shards.items():
         parts = [literal(0, header)]
         for name, dtype, shape in entries:
             parts += maker.parts(name, dtype, shape)
-            index[name] = file
+            weight_map[name] = file
         files[file] = sum(part.num_bytes for part in parts)
         units += join_parts(file, parts)
-    small = _small_files(request)
-    if len(shards) > 1 or (request.pattern is not None and request.pattern.index is not None):
-        num_bytes = sum(_num_bytes(e) for _, entries in shards.values() for e in entries)
-        small[INDEX] = _index(request, index, num_bytes)
-    for file, data in small.items():
+    num_bytes = sum(_num_bytes(e) for _, entries in shards.values() for e in entries)
+    for file, data in _beside(request, weight_map, num_bytes, len(shards)).items():
         files[file] = len(data)
         units += join_parts(file, [literal(0, data)])
     check_units(units, files)
@@ -147,6 +144,7 @@ def _shards(source: MegatronSource, request: Request) -> dict[str, tuple[bytes, 
         return _fresh_shards(source, request)
     known = {region.name: region.shape for region in source.regions}
     known |= {name: known[main] for name, main in repeated(source.shape).items()}
+    fp32 = {region.name for region in source.regions if region.fp32}
     problems, found = [], {}
     seen = set()
     for header in pattern.headers:
@@ -163,10 +161,15 @@ def _shards(source: MegatronSource, request: Request) -> dict[str, tuple[bytes, 
                 problems.append(f"{tensor.name}: the checkpoint has no such tensor")
             elif expected is not None and tensor.shape != expected:
                 problems.append(f"{tensor.name}: {tensor.shape}, the checkpoint says {expected}")
-            entries += _like(tensor.name, tensor.dtype, tensor.shape, request)
-        same = [(t.name, t.dtype, t.shape) for t in header.tensors] == entries
-        raw = header.raw if same else encode_header(entries, header.metadata)
-        found[header.path.name] = (raw, entries)
+            else:
+                given = (tensor.name, tensor.dtype, tensor.shape)
+                as_given = request.as_released or expected is None or tensor.name in fp32
+                entries += [given] if as_given else _like(*given, request, pattern.has_fp8)
+        if [(t.name, t.dtype, t.shape) for t in header.tensors] == entries:
+            found[header.path.name] = (header.raw, entries)
+        elif entries:  # else all of it were prediction layers
+            entries = _aligned(entries)
+            found[header.path.name] = (encode_header(entries, header.metadata), entries)
     lost = [name for name in known if name not in seen and name not in repeated(source.shape)]
     problems += [f"{name}: the pattern has no such tensor" for name in lost]
     refuse(problems, f"{pattern.path} is of another model than {source.folder.path}")
@@ -179,26 +182,29 @@ def _layer_of(name: str) -> int:
     return int(found[1]) if found else -1
 
 
-def _like(name: str, dtype: str, shape: tuple[int, ...], request: Request) -> list[Entry]:
-    """Return the entries that take the place of a pattern's tensor."""
-    plain = {"bf16": "BF16", "fp32": "F32"}
+def _like(
+    name: str, dtype: str, shape: tuple[int, ...], request: Request, has_fp8: bool
+) -> list[Entry]:
+    """Return the entries that take the place of a pattern's tensor.
+
+    A pattern in FP8 says itself which weights are; of another, those that releases store so.
+    """
+    plain = {"bf16": "BF16", "fp32": "F32", "fp8": "BF16"}[request.weights]
     if name.endswith(SCALE):
-        return [] if request.weights in plain else [(name, dtype, shape)]
-    if dtype == "F8_E4M3" and request.weights in plain:
-        return [(name, plain[request.weights], shape)]
-    if request.weights == "fp8" and dtype == "BF16" and _is_linear(name, shape):
-        return [(name, "F8_E4M3", shape), (name + SCALE, "F32", num_blocks(shape))]
-    if dtype == "BF16" and request.weights == "fp32":
-        return [(name, "F32", shape)]
-    return [(name, dtype, shape)]
+        wide = dtype if request.original_scales else "F32"
+        return [(name, wide, shape)] if request.weights == "fp8" else []
+    is_fp8 = dtype == "F8_E4M3" if has_fp8 else _is_linear(name, shape)
+    if request.weights != "fp8" or not is_fp8:
+        return [(name, plain, shape)]
+    scale = [] if has_fp8 else [(name + SCALE, "F32", num_blocks(shape))]
+    return [(name, "F8_E4M3", shape), *scale]
 
 
 def _fresh_shards(source: MegatronSource, request: Request) -> dict[str, tuple[bytes, list[Entry]]]:
     groups: list[list[Entry]] = [[]]
     filled = 0
-    for region in source.regions:
-        dtype = "F32" if region.fp32 or request.weights == "fp32" else "BF16"
-        entries = _like(region.name, dtype, region.shape, request)
+    for name, shape, fp32 in _all_tensors(source):
+        entries = [(name, "F32", shape)] if fp32 else _like(name, "BF16", shape, request, False)
         num_bytes = sum(map(_num_bytes, entries))
         if groups[-1] and filled + num_bytes > request.shard_bytes:
             groups.append([])
@@ -210,9 +216,21 @@ def _fresh_shards(source: MegatronSource, request: Request) -> dict[str, tuple[b
     if count == 1:
         names = ["model.safetensors"]
     return {
-        name: (encode_header(group, {"format": "pt"}), group)
+        name: (encode_header(_aligned(group), {"format": "pt"}), _aligned(group))
         for name, group in zip(names, groups, strict=True)
     }
+
+
+def _all_tensors(source: MegatronSource) -> Iterator[tuple[str, tuple[int, ...], bool]]:
+    """Yield name, shape and whether it is always fp32, with what prediction layers repeat."""
+    shapes = {region.name: region.shape for region in source.regions}
+    yield from ((region.name, region.shape, region.fp32) for region in source.regions)
+    yield from ((name, shapes[main], False) for name, main in repeated(source.shape).items())
+
+
+def _aligned(entries: list[Entry]) -> list[Entry]:
+    """Return a shard's tensors, wide items first: then each begins at a multiple of its items."""
+    return sorted(entries, key=lambda entry: -ITEM_BYTES[entry[1]])
 
 
 def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
@@ -226,32 +244,23 @@ def _num_bytes(entry: Entry) -> int:
     return math.prod(entry[2]) * ITEM_BYTES[entry[1]]
 
 
-def _index(request: Request, weight_map: Mapping[str, str], num_bytes: int) -> bytes:
-    """Return the index: the pattern's own bytes where they are right."""
-    pattern = request.pattern
-    index = pattern.index if pattern is not None else None
-    if index is not None and json.loads(index)["weight_map"] == weight_map:
-        return index
-    value = {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-    return (json.dumps(value, indent=2) + "\n").encode()
-
-
-def _small_files(request: Request) -> dict[str, bytes]:
-    """Return the files beside the weights; config.json says how the weights are stored."""
-    pattern = request.pattern
-    found = {path.name: path.read_bytes() for path in (pattern.small_files if pattern else ())}
-    text = found.get(CONFIG)
-    config = dict(json.loads(text)) if text else dict(request.config)
-    has_fp8 = (config.get("quantization_config") or {}).get("quant_method") == "fp8"
-    depth = request.mtp_num_layers
-    same_depth = (config.get("num_nextn_predict_layers") or 0) == depth
-    same_weights = has_fp8 == (request.weights == "fp8") and request.weights != "fp32"
-    if text and same_weights and same_depth:
-        return found
-    config["num_nextn_predict_layers"] = depth
-    config.pop("quantization_config", None)
-    if request.weights == "fp8":
-        config["quantization_config"] = _FP8_CONFIG
-    config["torch_dtype"] = _DTYPE_NAMES[request.weights]
-    found[CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
+def _beside(
+    request: Request, weight_map: Mapping[str, str], num_bytes: int, num_shards: int
+) -> dict[str, bytes]:
+    """Return the small files and the index; the pattern's own bytes where they are right."""
+    if request.as_released:
+        found = {path.name: path.read_bytes() for path in request.small_files}
+    else:
+        found = small_files(
+            request.small_files, request.config, request.weights, request.mtp_num_layers
+        )
+    found |= request.extra_files
+    given = request.pattern.index if request.pattern is not None else None
+    kept = json.loads(given) if given is not None else {}
+    if given is not None and kept["weight_map"] == weight_map:
+        total = (kept.get("metadata") or {}).get("total_size")
+        if request.as_released or total == num_bytes:
+            return found | {INDEX: given}
+    if given is not None or num_shards > 1:
+        found[INDEX] = index(weight_map, num_bytes)
     return found

@@ -11,19 +11,19 @@ configuration.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_k2.checkpoint.hf.arguments import arguments_from_config
 from megatron_k2.checkpoint.hf.folder import INDEX
+from megatron_k2.checkpoint.hf.model import ModelShape
 from megatron_k2.checkpoint.hf.pattern import BESIDE, CARRIED, RECORD
 from megatron_k2.checkpoint.hf.safetensors_header import encode_header
-from megatron_k2.checkpoint.hf.source import HFSource, Weight
+from megatron_k2.checkpoint.hf.source import HFSource
+from megatron_k2.checkpoint.hf.weights import Weight
 from megatron_k2.checkpoint.names import Region, extra_state_keys
 from megatron_k2.checkpoint.stream.direct_io import pages_up
 from megatron_k2.checkpoint.stream.run import Plan, check_units
@@ -43,23 +43,16 @@ from megatron_k2.checkpoint.stream.units import (
 from megatron_k2.checkpoint.torch_dist.blobs import make_frame, save_archive
 from megatron_k2.checkpoint.torch_dist.folder import COMMON_KEY, METADATA
 from megatron_k2.checkpoint.torch_dist.folder import CONFIG as DIST_CONFIG
+from megatron_k2.checkpoint.torch_dist.metadata import Place, encode_metadata
 
 FILE_BYTES = 4 << 30
 CHECKPOINT_VERSION = 3.0  # of Megatron's own state; 3.0 since 2021
 
 
 @dataclass(frozen=True)
-class Stored:
+class Stored(Place):
     """One chunk of a global tensor, where it lies, and how its bytes are made."""
 
-    key: str
-    global_shape: tuple[int, ...]
-    offset: tuple[int, ...]
-    size: tuple[int, ...]
-    dtype: str
-    path: str
-    start: int  # of its archive
-    num_bytes: int  # of its archive
     parts: tuple[Part, ...]  # positions count from the archive's begin
 
 
@@ -71,14 +64,19 @@ def plan_to_megatron(source: HFSource, dtype: str = "source") -> Plan:
         dtype: ``source`` (quantised weights become bf16), ``bf16`` or ``fp32``.
 
     Returns:
-        The plan; its small files follow from it and are written last.
+        The plan; only ``metadata.json``, which makes it a checkpoint, is not in it.
+
+    Raises:
+        ConversionRefused: Megatron has no arguments for what config.json says.
     """
     chunks = list(_lay_out(source, dtype))
     files: dict[str, int] = {}
     for chunk in chunks:
         files[chunk.path] = chunk.start + pages_up(chunk.num_bytes)
     units = list(_units(chunks))
-    for path, data in _beside(source, dtype).items():
+    written = directory(source.folder.config, source.shape, chunks)
+    known = {path: [literal(0, data)] for path, data in written.items()}
+    for path, data in (_beside(source, dtype) | known).items():
         files[path] = sum(part.num_bytes for part in data)
         units += join_parts(path, data)
     check_units(units, files)
@@ -87,7 +85,7 @@ def plan_to_megatron(source: HFSource, dtype: str = "source") -> Plan:
         files=files,
         sources=tuple(header.path for header in source.folder.headers),
         options={"direction": "to-megatron", "dtype": dtype},
-        finish=partial(_finish, source, chunks),
+        finish=finish,
     )
 
 
@@ -195,16 +193,31 @@ def _beside(source: HFSource, dtype: str) -> dict[str, list[Part]]:
     return {path: [part for part in parts if part.num_bytes] for path, parts in found.items()}
 
 
-def _finish(source: HFSource, chunks: list[Stored], folder: Path) -> None:
-    """Write the pickled metadata, the common state and ``metadata.json``."""
-    common = save_archive([_common_state(source.folder.config)])
+def directory(
+    config: dict[str, Any], shape: ModelShape, chunks: Sequence[Place]
+) -> dict[str, bytes]:
+    """Return the common state and the pickled metadata: what Megatron finds the chunks by.
+
+    Args:
+        config: config.json, for the arguments in the common state.
+        shape: of the model.
+        chunks: of all its tensors.
+
+    Returns:
+        File name to contents.
+    """
+    common = save_archive([_common_state(config)])
     empty = save_archive([None])
     objects = {COMMON_KEY: (0, len(common))}
-    for key in extra_state_keys(source.shape):
+    for key in extra_state_keys(shape):
         objects[key] = (len(common), len(empty))
     name = "__objects_0.distcp"
-    (folder / name).write_bytes(common + empty)
-    write_metadata(folder / METADATA, chunks, {key: (name, *at) for key, at in objects.items()})
+    metadata = encode_metadata(chunks, {key: (name, *at) for key, at in objects.items()})
+    return {name: common + empty, METADATA: metadata}
+
+
+def finish(folder: Path) -> None:
+    """Write ``metadata.json``, which makes the folder a checkpoint."""
     config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     (folder / DIST_CONFIG).write_text(json.dumps(config), encoding="utf-8")
 
@@ -222,42 +235,3 @@ def _common_state(config: dict[str, Any]) -> dict[str, Any]:
         "iteration": 0,
         "content_metadata": {"singleton_local_shards": False},
     }
-
-
-def write_metadata(
-    path: Path, chunks: list[Stored], objects: dict[str, tuple[str, int, int]]
-) -> None:
-    """Pickle torch.distributed.checkpoint's Metadata of these chunks. Imports torch.
-
-    Args:
-        path: the file.
-        chunks: of all global tensors.
-        objects: key to (file, start, bytes) of everything that is no tensor.
-    """
-    import pickle
-
-    import torch
-    from torch.distributed.checkpoint import metadata as dcp
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-
-    from megatron_k2.checkpoint.torch_dist.blobs import DTYPES
-
-    names = {ours: theirs for theirs, ours in DTYPES.items()}
-    entries: dict[str, Any] = {}
-    places: dict[Any, Any] = {}
-    for chunk in chunks:
-        offset, size = torch.Size(chunk.offset), torch.Size(chunk.size)
-        if chunk.key not in entries:
-            properties = dcp.TensorProperties(dtype=getattr(torch, names[chunk.dtype]))
-            shape = torch.Size(chunk.global_shape)
-            entries[chunk.key] = dcp.TensorStorageMetadata(properties, shape, [])
-        entries[chunk.key].chunks.append(dcp.ChunkStorageMetadata(offset, size))
-        index = dcp.MetadataIndex(chunk.key, offset)
-        places[index] = _StorageInfo(chunk.path, chunk.start, chunk.num_bytes)
-    for key, place in objects.items():
-        entries[key] = dcp.BytesStorageMetadata()
-        places[dcp.MetadataIndex(key)] = _StorageInfo(*place)
-    digest = hashlib.sha256("".join(sorted(entries)).encode()).hexdigest()
-    meta = dcp.StorageMeta(save_id=digest[:32])
-    metadata = dcp.Metadata(entries, None, places, meta, version="1.0.0")
-    path.write_bytes(pickle.dumps(metadata, protocol=4))

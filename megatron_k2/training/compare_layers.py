@@ -3,7 +3,8 @@ time.
 
 transformers' DeepseekV3 layers with the folder's weights, and K2's own layers with what
 ``megatron.core.dist_checkpointing`` loads, on the CPU in fp32. Each side goes on from its own
-hidden states, so that the last line is the difference of the logits.
+hidden states, so that the last line is the difference of the logits. Where the folder holds a
+weight in bf16 and the checkpoint in fp32, ours is rounded as it was when it was exported.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from megatron_k2.checkpoint.hf.arguments import arguments_from_config, rope_scaling, rope_theta
 from megatron_k2.checkpoint.hf.model import text_config
-from megatron_k2.checkpoint.hf.source import open_source
+from megatron_k2.checkpoint.hf.source import HFSource, open_source
 from megatron_k2.checkpoint.tensors import TensorReader
 from megatron_k2.checkpoint.torch_dist import folder as dist_folder
 
@@ -27,8 +28,8 @@ TOLERANCE = 1e-5
 _ROWS = 8192  # of the vocabulary at a time
 
 
-def compare(left: Path, right: Path, tokens: int) -> int:
-    """Print the difference after every layer; return 0 if all are within the tolerance.
+def compare(left: Path, right: Path, tokens: int) -> float:
+    """Print the difference after every layer; return the largest, in spreads of the values.
 
     Args:
         left: a Hugging Face folder or a Megatron checkpoint.
@@ -42,7 +43,7 @@ def compare(left: Path, right: Path, tokens: int) -> int:
         worst = max(worst, difference)
     verdict = "within" if worst <= TOLERANCE else "NOT within"
     print(f"largest difference {worst:.1e} of the values' spread, {verdict} {TOLERANCE:.0e}")
-    return 0 if worst <= TOLERANCE else 1
+    return worst
 
 
 @torch.no_grad()
@@ -60,20 +61,21 @@ def differences(hugging_face: Path, megatron: Path, tokens: int) -> Iterator[tup
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, source.shape.vocab_size, (tokens,), generator=generator)
     embeddings = [reader.rows("model.embed_tokens.weight", i, i + 1, "F32") for i in ids.tolist()]
-    with _single_process():
+    load = _Loader(megatron, source)
+    with _SingleProcess():
         theirs = torch.cat(embeddings).unsqueeze(0)
-        ours = _load(_embedding(config), "embedding.", megatron).word_embeddings(ids.unsqueeze(0))
+        ours = load(_embedding(config), "embedding.").word_embeddings(ids.unsqueeze(0))
         yield "embedding", _difference(theirs, ours)
         reference = _Reference(config, reader, theirs)
         ours = ours.transpose(0, 1)
         for layer in tqdm(range(source.shape.num_layers), desc="layers", leave=False):
             theirs = reference.layer(layer, theirs)
-            ours = _our_layer(config, layer, megatron)(ours, attention_mask=None)[0]
+            ours = _our_layer(config, layer, load)(ours, attention_mask=None)[0]
             yield f"layer {layer}", _difference(theirs, ours.transpose(0, 1))
         theirs = reference.norm(theirs)
-        ours = _load(_final_norm(config), "decoder.final_layernorm.", megatron)(ours)
+        ours = load(_final_norm(config), "decoder.final_layernorm.")(ours)
         yield "final norm", _difference(theirs, ours.transpose(0, 1))
-        yield "logits", _logits(reader, megatron, theirs, ours.transpose(0, 1))
+        yield "logits", _logits(reader, load, theirs, ours.transpose(0, 1))
     reader.close()
 
 
@@ -141,7 +143,7 @@ def _our_config(config: Any) -> Any:
     )
 
 
-def _our_layer(config: Any, index: int, megatron: Path) -> Any:
+def _our_layer(config: Any, index: int, load: _Loader) -> Any:
     from megatron.core.transformer.spec_utils import build_module
 
     from megatron_k2.model.specs import get_k2_layer_specs
@@ -149,7 +151,7 @@ def _our_layer(config: Any, index: int, megatron: Path) -> Any:
     ours = _our_config(config)
     spec = get_k2_layer_specs(ours).layer_specs[index]
     module = build_module(spec, config=ours, layer_number=index + 1)
-    return _load(module, f"decoder.layers.{index}.", megatron).eval()
+    return load(module, f"decoder.layers.{index}.").eval()
 
 
 def _embedding(config: Any) -> Any:
@@ -168,47 +170,68 @@ def _final_norm(config: Any) -> Any:
     return K2RMSNorm(ours, ours.hidden_size, ours.layernorm_epsilon)
 
 
-def _load(module: Any, prefix: str, megatron: Path) -> Any:
-    """Load one module as Megatron does, from the global tensors under its prefix."""
-    from megatron.core import dist_checkpointing
-    from megatron.core.transformer.utils import sharded_state_dict_default
+class _Loader:
+    """Fills modules as Megatron does, from the global tensors under a prefix."""
 
-    metadata = {"singleton_local_shards": False}
-    described = sharded_state_dict_default(module, prefix, (), metadata)
-    loaded = dist_checkpointing.load(described, str(megatron))
-    own = {name.removeprefix(prefix): value for name, value in loaded.items() if prefix in name}
-    module.load_state_dict(own, strict=False)
-    return module
+    def __init__(self, folder: Path, source: HFSource) -> None:
+        self._folder = str(folder)
+        weights = source.weights
+        self._bf16 = {r.key for r in source.regions if weights[r.name].stored == "BF16"}
 
+    def __call__(self, module: Any, prefix: str) -> Any:
+        """Load one module; return it."""
+        from megatron.core import dist_checkpointing
+        from megatron.core.transformer.utils import sharded_state_dict_default
 
-def _logits(reader: TensorReader, megatron: Path, theirs: Tensor, ours: Tensor) -> float:
-    """Return the logits' largest difference over their spread, a part of the vocabulary at a time."""
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing import ShardedTensor
+        metadata = {"singleton_local_shards": False}
+        described = sharded_state_dict_default(module, prefix, (), metadata)
+        keys = {name: getattr(part, "key", name) for name, part in described.items()}
+        loaded = dist_checkpointing.load(described, self._folder)
+        own = {
+            name.removeprefix(prefix): self._as_exported(keys[name], value)
+            for name, value in loaded.items()
+            if prefix in name
+        }
+        module.load_state_dict(own, strict=False)
+        return module
 
-    rows, columns = reader.source.weights["lm_head.weight"].shape
-    worst, squares = 0.0, 0.0
-    for first in range(0, rows, _ROWS):
-        last = min(rows, first + _ROWS)
-        part = torch.empty(last - first, columns)
+    def rows(self, key: str, first: int, last: int, shape: tuple[int, ...]) -> Tensor:
+        """Return rows ``[first, last)`` of a global matrix."""
+        from megatron.core import dist_checkpointing
+        from megatron.core.dist_checkpointing import ShardedTensor
+
+        part = torch.empty(last - first, shape[1])
         described = ShardedTensor(
-            "output_layer.weight", part, part.dtype, tuple(part.shape), (rows, columns),
-            (first, 0), None, allow_shape_mismatch=True,
+            key, part, part.dtype, tuple(part.shape), shape, (first, 0), None,
+            allow_shape_mismatch=True,
         )  # fmt: skip
         loaded = dist_checkpointing.load(
-            {"part": described}, str(megatron), validate_access_integrity=False
+            {"part": described}, self._folder, validate_access_integrity=False
         )
+        return self._as_exported(key, loaded["part"])
+
+    def _as_exported(self, key: str, value: Any) -> Any:
+        return value.bfloat16().to(value.dtype) if key in self._bf16 else value
+
+
+def _logits(reader: TensorReader, load: _Loader, theirs: Tensor, ours: Tensor) -> float:
+    """Return the logits' largest difference over their spread, by parts of the vocabulary."""
+    shape = reader.shape("lm_head.weight")
+    worst, squares = 0.0, 0.0
+    for first in range(0, shape[0], _ROWS):
+        last = min(shape[0], first + _ROWS)
         expected = theirs @ reader.rows("lm_head.weight", first, last, "F32").T
-        worst = max(worst, (ours @ loaded["part"].T - expected).abs().max().item())
+        found = ours @ load.rows("output_layer.weight", first, last, shape).T
+        worst = max(worst, (found - expected).abs().max().item())
         squares += expected.square().sum().item()
-    return worst / (squares / (theirs.shape[1] * rows)) ** 0.5
+    return worst / (squares / (theirs.shape[1] * shape[0])) ** 0.5
 
 
 def _difference(expected: Tensor, found: Tensor) -> float:
     return ((expected - found).abs().max() / expected.std()).item()
 
 
-class _single_process:  # noqa: N801 - a context manager, used like a function
+class _SingleProcess:
     """A gloo world of one, unless there is a world already."""
 
     def __enter__(self) -> None:

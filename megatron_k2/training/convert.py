@@ -66,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="also run both models layer by layer, one layer in memory at a time",
     )  # fmt: skip
     check.add_argument("--tokens", type=int, default=64, help="length of the trial text")
+    check.add_argument("--json", action="store_true", help="end with one JSON object")
     for command in (plan, forth):
         command.add_argument(
             "--dtype", choices=conversions.DTYPES, default="source",
@@ -84,6 +85,11 @@ def build_parser() -> argparse.ArgumentParser:
             "--like",
             type=Path,
             help="take shards, keys, tokenizer and config.json from this folder",
+        )
+        command.add_argument(
+            "--tokenizer",
+            type=Path,
+            help="add this folder's or file's; default: --like's, else what the run trained with",
         )
         command.add_argument("--vocab-size", type=int, help="rows to keep of a padded vocabulary")
         command.add_argument("--shard-gb", type=float, default=5.0, help="size of new shards")
@@ -115,6 +121,7 @@ def _options(arguments: argparse.Namespace) -> Options:
         scales=given.get("scales"),
         like=given.get("like"),
         vocab_size=given.get("vocab_size"),
+        tokenizer=given.get("tokenizer"),
         shard_bytes=int(given.get("shard_gb", 5.0) * 1e9),
     )
 
@@ -174,26 +181,30 @@ def _verify(arguments: argparse.Namespace) -> int:
     made_by = intact.made_by(target)
     if not made_by:
         raise ConversionRefused(f"{target}: not made by this tool, or its conversion did not end")
-    like = made_by.get("like")
+    like, tokenizer = made_by.get("like"), made_by.get("tokenizer")
     options = Options(
         dtype=made_by.get("dtype", "source"),
         weights=made_by.get("weights"),
         scales=made_by.get("scales"),
         like=Path(like) if like else None,
         vocab_size=made_by.get("vocab_size"),
+        tokenizer=Path(tokenizer) if tokenizer else None,
         shard_bytes=made_by.get("shard_bytes", 0),
     )
     problems = verify(conversions.plan(arguments.source, options), target)
     for problem in problems[:20]:
         print(f"wrong: {problem}")
-    if problems:
-        return 1
-    print(f"{target}: every byte is what {arguments.source} gives")
-    if arguments.hidden_states:
-        from megatron_k2.training.compare_layers import compare
+    found: dict[str, object] = {"problems": len(problems)}
+    if not problems:
+        print(f"{target}: every byte is what {arguments.source} gives")
+        if arguments.hidden_states:
+            from megatron_k2.training.compare_layers import TOLERANCE, compare
 
-        return compare(arguments.source, arguments.target, arguments.tokens)
-    return 0
+            worst = compare(arguments.source, arguments.target, arguments.tokens)
+            found |= {"largest_difference": worst, "within": worst <= TOLERANCE}
+    if arguments.json:
+        print(json.dumps(found))
+    return 1 if problems or found.get("within") is False else 0
 
 
 if __name__ == "__main__":

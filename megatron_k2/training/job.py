@@ -82,6 +82,11 @@ class Job:
         return self.output / "checkpoints"
 
     @property
+    def exported(self) -> Path:
+        """Folder of the trained model in Hugging Face's form."""
+        return self.output / "hf"
+
+    @property
     def tensorboard(self) -> Path:
         """Folder of the TensorBoard events."""
         return self.output / "tensorboard"

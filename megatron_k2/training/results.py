@@ -14,6 +14,7 @@ from megatron_k2.data.ngram import bits_per_byte, fit_bigram, fit_unigram
 from megatron_k2.data.tokenize import load_tokenizer, read_texts
 from megatron_k2.data.windows import read_windows
 from megatron_k2.training import report, stages
+from megatron_k2.training.export import export
 from megatron_k2.training.job import OUTPUT_MARK, SAMPLE_MODULE, Job
 from megatron_k2.training.launch import older_checkpoints, run_module
 
@@ -42,6 +43,12 @@ def finish(
         summary = pool.submit(_stored_summary, job, plan, corpus, tokens)
         sample = _stored_sample(job, plan, prompt)
     show_sample(sample["prompt"], sample["continuation"])
+    exported = export(job, plan["train_iters"])
+    print(
+        f"[export] {job.exported} for transformers; its hidden states and logits are Megatron's to "
+        f"{exported['largest_difference']:.0e} of their spread",
+        flush=True,
+    )
     print(f"[summary] {report.Summary(**summary.result()).line(job.output)}", flush=True)
 
 

@@ -15,6 +15,7 @@ import megatron_k2
 
 megatron_k2.register("cpu")
 
+from megatron_k2 import device  # noqa: E402
 from megatron_k2.arguments import finish_k2_args, validate_k2_args  # noqa: E402
 from megatron_k2.inputs import UsageError  # noqa: E402
 
@@ -58,7 +59,6 @@ def test_without_a_preset_the_model_is_megatrons(monkeypatch: pytest.MonkeyPatch
 def test_host_gets_gloo_local_modules_and_its_number_format(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from megatron_k2 import device
 
     args = validated(monkeypatch, "--k2-preset", "k2-micro")
     assert args.distributed_backend == "gloo"
@@ -113,7 +113,6 @@ def test_bad_input_is_refused_with_value_range_and_flag(
 
 
 def test_absent_gpu_is_named() -> None:
-    from megatron_k2 import device
 
     with pytest.raises(ValueError, match="--k2-device cuda: torch sees no GPU"):
         device.resolve_device("cuda")
@@ -324,6 +323,17 @@ def test_upstreams_flags_win_over_kimis_values(monkeypatch: pytest.MonkeyPatch) 
     )  # fmt: skip
     assert (args.muon_momentum, args.weight_decay, args.muon_num_ns_steps) == (0.9, 0.01, 3)
     assert args.qk_clip_threshold == 30
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["bf16 unit", "no bf16 unit"])
+def test_newton_schulz_is_bf16_where_the_host_multiplies_bf16(
+    monkeypatch: pytest.MonkeyPatch, fast: bool
+) -> None:
+    monkeypatch.setattr(device, "host_has_fast_bf16", lambda: fast)
+    assert validated(monkeypatch, *MUONCLIP).k2_muon_dtype == ("bf16" if fast else "fp32")
+    asked = [*MUONCLIP, "--muon-fp32-matmul-prec", "medium"]
+    assert validated(monkeypatch, *asked).k2_muon_dtype is None  # the flag decides
+    assert validated(monkeypatch, *MUONCLIP, "--k2-muon-dtype", "bf16").k2_muon_dtype == "bf16"
 
 
 def test_another_optimizer_keeps_upstreams_values(monkeypatch: pytest.MonkeyPatch) -> None:

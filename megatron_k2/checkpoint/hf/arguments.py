@@ -5,6 +5,7 @@ The names of numbers are those of ``presets.hf_config``; here are the fields wit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,6 +38,9 @@ _CONFIG_DEFAULTS: Mapping[str, Any] = {
     "initializer_range": 0.02,
     "routed_scaling_factor": 2.5,
     "max_position_embeddings": 4096,
+    "num_experts_per_tok": 8,
+    "n_group": 8,
+    "topk_group": 4,
 }
 """DeepseekV3Config's own values of fields that a config.json may leave out; Megatron's differ."""
 
@@ -54,8 +58,18 @@ _FIXED_CONFIG: Mapping[str, Any] = {
     "use_cache": True,
     "pretraining_tp": 1,
     "ep_size": 1,
+    "bos_token_id": None,
+    "eos_token_id": None,
 }
-"""Fields that transformers has defaults for, and vLLM and SGLang read."""
+"""Fields that transformers has defaults for, and vLLM and SGLang read. A run's arguments do not say
+which ids begin and end a text; left out, transformers would stop at id 1."""
+
+_FUNCTION = (
+    "num_attention_heads", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim",
+    "v_head_dim", "moe_router_topk", "moe_router_topk_scaling_factor", "moe_router_num_groups",
+    "moe_router_group_topk", "layernorm_epsilon", "rotary_base", "rope_type", *YARN_NAMES.values(),
+)  # fmt: skip
+"""Arguments that change a model's function; some of them no tensor's shape."""
 
 
 def arguments_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,13 +79,15 @@ def arguments_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
         config: a config.json; a multimodal wrapper's text model is taken.
 
     Raises:
-        ConversionRefused: it describes no model of the family.
+        ConversionRefused: it describes no model of the family, or not all of YaRN's settings, of
+            which Megatron's defaults are not transformers'.
     """
     shape = shape_from_config(config)
-    config = text_config(config)
-    config = {**_CONFIG_DEFAULTS, **config}
-    arguments = {
-        dest: config[name] for name, dest in CONFIG_NAMES.items() if config.get(name) is not None
+    config = {**_CONFIG_DEFAULTS, **text_config(config)}
+    arguments: dict[str, Any] = {
+        dest: _number(config, name)
+        for name, dest in CONFIG_NAMES.items()
+        if config.get(name) is not None
     }
     num_sparse = shape.num_layers - shape.num_dense_layers
     arguments |= _FIXED_ARGUMENTS
@@ -83,15 +99,16 @@ def arguments_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "padded_vocab_size": shape.vocab_size,
         "rotary_base": int(rope_theta(config)),
         "rope_type": "rope",
-        "moe_aux_loss_coeff": config.get("aux_loss_alpha", 0.0),
+        "moe_aux_loss_coeff": _number({"aux_loss_alpha": 0.0, **config}, "aux_loss_alpha"),
     }
-    if config.get("n_group") not in (None, 1):
-        arguments["moe_router_num_groups"] = config["n_group"]
-        arguments["moe_router_group_topk"] = config.get("topk_group")
+    if config["n_group"] not in (None, 1):
+        arguments["moe_router_num_groups"] = _number(config, "n_group", int)
+        arguments["moe_router_group_topk"] = _number(config, "topk_group", int)
+        _require_pairs(arguments, "config.json")
     yarn = rope_scaling(config)
     if yarn:
         arguments["rope_type"] = "yarn"
-        arguments |= {dest: yarn[name] for name, dest in YARN_NAMES.items() if name in yarn}
+        arguments |= {dest: _number(yarn, name) for name, dest in YARN_NAMES.items()}
     return arguments
 
 
@@ -119,8 +136,11 @@ def config_from_arguments(
         raise ConversionRefused(
             "the checkpoint keeps no arguments of a multi-latent-attention model"
         )
+    _require_pairs(arguments, "the checkpoint")
     config = dict(_FIXED_CONFIG)
     config |= {name: arguments.get(dest) for name, dest in CONFIG_NAMES.items()}
+    if config["routed_scaling_factor"] is None:
+        config["routed_scaling_factor"] = 1.0  # Megatron's None
     width = arguments["moe_ffn_hidden_size"]
     config |= {
         "vocab_size": vocab_size or _vocab_size(arguments),
@@ -142,6 +162,43 @@ def config_from_arguments(
     return config
 
 
+def differences(config: Mapping[str, Any], arguments: Mapping[str, Any]) -> list[str]:
+    """Return where a config.json describes another function than a run trained, a line each.
+
+    Args:
+        config: a config.json.
+        arguments: the run's; those that are absent are not compared.
+    """
+    wanted = arguments_from_config(config)
+    is_yarn = wanted["rope_type"] == "yarn"
+    found = []
+    for dest in _FUNCTION:
+        if dest not in arguments or (dest in YARN_NAMES.values() and not is_yarn):
+            continue
+        ours, theirs = arguments[dest], wanted.get(dest)
+        if dest == "rope_type" and arguments.get("rotary_scaling_factor", 1) == 1:
+            ours = "rope"
+        if dest.startswith("moe_router") and not (ours or theirs):
+            continue
+        if ours != theirs:
+            found.append(f"{dest}: {ours!r} in the checkpoint, config.json says {theirs!r}")
+    return found
+
+
+def _require_pairs(arguments: Mapping[str, Any], where: str) -> None:
+    """Refuse groups of experts that Megatron and the released models score differently.
+
+    The models take the sum of a group's two best; Megatron that of its ``topk // group_topk`` best
+    (``megatron/core/transformer/moe/moe_utils.py`` group_limited_topk).
+    """
+    groups, kept = (arguments.get(f"moe_router_{n}") for n in ("num_groups", "group_topk"))
+    if groups and kept != groups and (not kept or arguments["moe_router_topk"] // kept != 2):
+        raise ConversionRefused(
+            f"{where}: top {arguments['moe_router_topk']} experts from {kept} of {groups} groups; "
+            "a group's score is the same in Megatron only with two experts a chosen group"
+        )
+
+
 def rope_scaling(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Return YaRN's settings, from ``rope_scaling`` or transformers 5's ``rope_parameters``.
 
@@ -149,8 +206,12 @@ def rope_scaling(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
         ConversionRefused: another kind of scaling.
     """
     settings = config.get("rope_scaling") or config.get("rope_parameters")
-    kind = (settings or {}).get("type") or (settings or {}).get("rope_type")
-    if not settings or kind in (None, "default"):
+    if not settings:
+        return None
+    if not isinstance(settings, Mapping):
+        raise ConversionRefused(f"config.json: rope_scaling {settings!r} is no object")
+    kind = settings.get("type") or settings.get("rope_type")
+    if kind in (None, "default"):
         return None
     if kind != "yarn":
         raise ConversionRefused(f"config.json: rope_scaling of type {kind!r}; only yarn")
@@ -159,8 +220,21 @@ def rope_scaling(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 def rope_theta(config: Mapping[str, Any]) -> float:
     """Return the base of the rotary embedding."""
-    inner = config.get("rope_parameters") or {}
-    return float(config.get("rope_theta") or inner.get("rope_theta") or 10000.0)
+    inner = config.get("rope_parameters")
+    for given in (config, inner if isinstance(inner, Mapping) else {}):
+        if given.get("rope_theta") is not None:
+            theta = float(_number(given, "rope_theta"))
+            if theta != int(theta) or theta < 1:
+                raise ConversionRefused(f"config.json: rope_theta {theta}; Megatron's is whole")
+            return theta
+    return 10000.0
+
+
+def _number(config: Mapping[str, Any], name: str, kind: Any = (int, float)) -> Any:
+    value = config.get(name)
+    if not isinstance(value, kind) or isinstance(value, bool) or not math.isfinite(value):
+        raise ConversionRefused(f"config.json: {name} {value!r} is not a number")
+    return value
 
 
 def _vocab_size(arguments: Mapping[str, Any]) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron_k2.checkpoint.errors import ConversionRefused, CorruptSourceError, refuse
 from megatron_k2.checkpoint.hf.safetensors_header import Header, Tensor, read_header
+from megatron_k2.checkpoint.intact import MANIFEST
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -40,7 +41,7 @@ class HFFolder:
 
     def small_files(self) -> list[Path]:
         """Return the files beside the weights: tokenizer, chat template, configurations, code."""
-        known = {header.path.name for header in self.headers} | {INDEX}
+        known = {header.path.name for header in self.headers} | {INDEX, MANIFEST}
         return sorted(
             entry
             for entry in self.path.iterdir()
@@ -97,13 +98,19 @@ def _weight_map(path: Path) -> dict[str, str]:
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptSourceError(f"{path}: no weight_map")
-    for name, shard in weight_map.items():
-        plain = isinstance(shard, str) and shard == Path(shard).name and not shard.startswith(".")
-        if not plain or not shard.endswith(".safetensors"):
+    shards = {shard if isinstance(shard, str) else "" for shard in weight_map.values()}
+    wrong = {shard for shard in shards if not _is_plain(shard)}
+    for name, shard in weight_map.items() if wrong else ():
+        if not isinstance(shard, str) or shard in wrong:
             raise CorruptSourceError(
                 f"{path}: shard {shard!r} of {name!r} is not the plain name of a .safetensors file"
             )
     return weight_map
+
+
+def _is_plain(shard: str) -> bool:
+    plain = shard == Path(shard).name and not shard.startswith(".") and shard.isprintable()
+    return plain and shard.endswith(".safetensors")
 
 
 def _check_names(headers: tuple[Header, ...], weight_map: dict[str, str] | None) -> None:

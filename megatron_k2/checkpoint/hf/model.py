@@ -95,21 +95,29 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
                 f"config.json: {name} {config[name]!r}; only {allowed[0]!r} is implemented"
             )
 
-    def number(name: str) -> int:
+    def number(name: str, least: int = 1) -> int:
         value = config.get(name)
-        if type(value) is not int or value < 0:
-            raise ConversionRefused(f"config.json: {name} {value!r} is not a whole number")
+        if type(value) is not int or value < least:
+            raise ConversionRefused(
+                f"config.json: {name} {value!r} is not a whole number of at least {least}"
+            )
         return value
 
     moe_width = number("moe_intermediate_size")
+    num_layers, num_dense = number("num_hidden_layers"), number("first_k_dense_replace", 0)
+    if num_dense > num_layers:
+        raise ConversionRefused(
+            f"config.json: first_k_dense_replace {num_dense} of num_hidden_layers {num_layers}"
+        )
+    mtp = config.get("num_nextn_predict_layers")
     return ModelShape(
-        num_layers=number("num_hidden_layers"),
-        num_dense_layers=number("first_k_dense_replace"),
-        mtp_num_layers=int(config.get("num_nextn_predict_layers") or 0),
+        num_layers=num_layers,
+        num_dense_layers=num_dense,
+        mtp_num_layers=0 if mtp is None else number("num_nextn_predict_layers", 0),
         hidden_size=number("hidden_size"),
         ffn_hidden_size=number("intermediate_size"),
         moe_ffn_hidden_size=moe_width,
-        moe_shared_expert_intermediate_size=number("n_shared_experts") * moe_width,
+        moe_shared_expert_intermediate_size=number("n_shared_experts", 0) * moe_width,
         num_attention_heads=number("num_attention_heads"),
         q_lora_rank=None if config.get("q_lora_rank") is None else number("q_lora_rank"),
         kv_lora_rank=number("kv_lora_rank"),

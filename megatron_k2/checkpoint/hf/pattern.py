@@ -13,7 +13,7 @@ from typing import Any
 from megatron_k2.checkpoint.errors import ConversionRefused, CorruptSourceError
 from megatron_k2.checkpoint.hf.folder import CONFIG, INDEX, open_folder, read_json
 from megatron_k2.checkpoint.hf.safetensors_header import Header, Tensor, parse_header, read_header
-from megatron_k2.checkpoint.hf.source import SCALE
+from megatron_k2.checkpoint.hf.weights import SCALE
 from megatron_k2.checkpoint.names import IGNORED_SUFFIX
 
 BESIDE = "hf"
@@ -32,14 +32,18 @@ class Pattern:
     carried: Mapping[str, Tensor]
     config: Mapping[str, Any]
 
+    @property
+    def has_fp8(self) -> bool:
+        """Whether any weight is stored in FP8."""
+        return any(tensor.dtype == "F8_E4M3" for h in self.headers for tensor in h.tensors)
+
 
 def open_pattern(path: Path) -> Pattern:
     """Read a pattern's headers and names.
 
     Raises:
-        ConversionRefused: it is neither of the two, or was kept of a checkpoint whose files cannot
-        be
-            rebuilt (INT4, a multimodal wrapper).
+        ConversionRefused: it is neither of the two, or was kept of a release whose files cannot be
+            rebuilt (INT4, fp16, a multimodal wrapper).
     """
     if not (path / RECORD).is_file():
         folder = open_folder(path)
@@ -51,20 +55,40 @@ def open_pattern(path: Path) -> Pattern:
         return Pattern(
             path, folder.headers, folder.index, tuple(folder.small_files()), kept, folder.config
         )
-    record = read_json(path / RECORD)
-    if not record.get("can_be_rebuilt"):
+    if not can_be_rebuilt(path):
         raise ConversionRefused(
             f"{path}: kept of a release that is INT4, fp16 or multimodal, whose files cannot be "
             "rebuilt; leave out --like"
         )
     headers = []
-    for name in record["shards"]:
-        if Path(name).name != name:
-            raise CorruptSourceError(f"{path / RECORD}: shard name {name!r}")
-        raw = (path / f"{name}.header").read_bytes()
+    for name in _shard_names(path):
+        try:
+            raw = (path / f"{name}.header").read_bytes()
+        except OSError as error:
+            raise CorruptSourceError(f"{path / name}.header: {error.strerror}") from error
         headers.append(parse_header(path / name, raw, None))
     carried = {tensor.name: tensor for tensor in read_header(path / CARRIED).tensors}
-    own = {RECORD, CARRIED, INDEX} | {f"{header.path.name}.header" for header in headers}
-    small = sorted(entry for entry in path.iterdir() if entry.name not in own)
     index = (path / INDEX).read_bytes() if (path / INDEX).is_file() else None
-    return Pattern(path, tuple(headers), index, tuple(small), carried, read_json(path / CONFIG))
+    small = tuple(kept_files(path))
+    return Pattern(path, tuple(headers), index, small, carried, read_json(path / CONFIG))
+
+
+def can_be_rebuilt(path: Path) -> bool:
+    """Tell whether what is kept beside a checkpoint gives back its release's files."""
+    return read_json(path / RECORD).get("can_be_rebuilt") is True
+
+
+def kept_files(path: Path) -> list[Path]:
+    """Return the small files that are kept beside a checkpoint: tokenizer, configurations, code."""
+    own = {RECORD, CARRIED, INDEX} | {f"{name}.header" for name in _shard_names(path)}
+    return sorted(entry for entry in path.iterdir() if entry.name not in own)
+
+
+def _shard_names(path: Path) -> list[str]:
+    names = read_json(path / RECORD).get("shards")
+    if not isinstance(names, list):
+        raise CorruptSourceError(f"{path / RECORD}: names no shards")
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CorruptSourceError(f"{path / RECORD}: shard name {name!r}")
+    return names

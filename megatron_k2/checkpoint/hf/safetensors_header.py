@@ -3,8 +3,8 @@
 The format (https://github.com/huggingface/safetensors, README, Format): eight bytes of header
 length, little endian; a JSON object of name to dtype, shape and data offsets; the data without
 holes. The library maps whole files and hides the offsets that a streaming converter needs; what it
-checks is checked here too, from the header alone: length, JSON, names given twice, known dtypes,
-offsets in order, without overlap or hole, ending with the file.
+checks is checked here too, from the header alone: length, JSON, known dtypes, offsets in order,
+without overlap or hole, ending with the file; and no name twice, of which it takes the last.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_k2.checkpoint.errors import CorruptSourceError
 
@@ -24,10 +26,12 @@ ITEM_BYTES = {
     "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 """Bytes of one element, by the format's dtype names."""
+_MINUS_NOUGHT = re.compile(r"[\[,]\s*-0")  # which Python takes for 0
+_FIELDS = {"dtype", "shape", "data_offsets"}
+_LARGEST = 1 << 60  # of any count; times 8 bytes it stays within 64 bits, as the library asks
 
 
-@dataclass(frozen=True)
-class Tensor:
+class Tensor(NamedTuple):
     """Where one tensor's bytes lie: ``[start, start + num_bytes)`` of ``path``."""
 
     name: str
@@ -87,15 +91,16 @@ def parse_header(path: Path, raw: bytes, size: int | None) -> Header:
     """
     length = len(raw) - 8
     try:
-        entries = json.loads(raw[8:].decode("utf-8"), object_pairs_hook=_no_twins)
-        metadata = entries.pop("__metadata__", {})
+        text = raw[8:].decode("utf-8")
+        if _MINUS_NOUGHT.search(text):
+            raise ValueError("-0 is no whole number")
+        entries = json.loads(text, object_pairs_hook=_no_twins)
+        metadata = _strings(entries.pop("__metadata__", {}))
         tensors = [_tensor(path, name, entry, 8 + length) for name, entry in entries.items()]
     except CorruptSourceError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptSourceError(f"{path}: unreadable header ({error})") from error
-    if not isinstance(metadata, dict):
-        raise CorruptSourceError(f"{path}: __metadata__ is no object")
     tensors.sort(key=lambda tensor: (tensor.start, tensor.num_bytes))
     _check_cover(path, tensors, 8 + length, size)
     return Header(path, raw, tuple(tensors), metadata)
@@ -127,17 +132,32 @@ def encode_header(
 def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
         raise ValueError(f"{twice!r} twice")
     return found
 
 
+def _strings(metadata: Any) -> dict[str, str]:
+    if not isinstance(metadata, dict) or not all(type(v) is str for v in metadata.values()):
+        raise ValueError("__metadata__ is no object of strings")
+    for text in (*metadata, *metadata.values()):
+        text.encode("utf-8")  # half a surrogate pair is no text
+    return metadata
+
+
 def _tensor(path: Path, name: str, entry: dict[str, Any], base: int) -> Tensor:
-    dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    numbers = [*shape, start, end]
-    if any(type(n) is not int or n < 0 or n > 1 << 62 for n in numbers):
-        raise ValueError(f"{name!r}: shape or offsets are no whole numbers in range")
+    name.encode("utf-8")
+    if entry.keys() != _FIELDS:
+        raise ValueError(f"{name!r}: has {', '.join(entry)}, not {', '.join(sorted(_FIELDS))}")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
+        raise ValueError(f"{name!r}: shape and data_offsets are no lists of numbers")
+    for number in (*shape, *offsets):
+        if type(number) is not int or not 0 <= number <= _LARGEST:
+            raise ValueError(f"{name!r}: shape or offsets are no whole numbers in range")
+    if math.prod(number or 1 for number in shape) > _LARGEST:
+        raise ValueError(f"{name!r}: {shape} is too large")
+    start, end = offsets
     if dtype not in ITEM_BYTES:
         raise ValueError(f"{name!r}: dtype {dtype!r} is unknown")
     tensor = Tensor(name, dtype, tuple(shape), path, base + start)

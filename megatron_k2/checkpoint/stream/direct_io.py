@@ -29,7 +29,8 @@ class Buffer:
     def take(self, num_bytes: int) -> memoryview:
         """Return the first ``num_bytes`` of it; earlier contents are lost."""
         if self._memory is None or len(self._memory) < num_bytes:
-            self._memory = mmap.mmap(-1, max(PAGE_BYTES, pages_up(num_bytes)))
+            size = max(PAGE_BYTES, pages_up(num_bytes))
+            self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         return memoryview(self._memory)[:num_bytes]
 
 

@@ -6,6 +6,8 @@ costs at most the units under way.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import zlib
@@ -17,13 +19,22 @@ NAME = "journal.jsonl"
 
 
 class Journal:
-    """The journal in a folder, open for appending."""
+    """The journal in a folder, open for appending and locked for one process.
+
+    Raises:
+        ConversionRefused: it belongs to another plan, or another process has it.
+    """
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
         self.path = folder / NAME
         self.done: dict[int, int] = {}  # unit to CRC-32 of its bytes
-        kept = self._read(fingerprint)
-        self._stream = open(self.path, "r+b" if kept else "wb")  # noqa: SIM115
+        self._stream = open(self.path, "a+b")  # noqa: SIM115 - open as long as the conversion
+        try:
+            self._lock()
+            kept = self._read(fingerprint)
+        except BaseException:
+            self._stream.close()
+            raise
         self._stream.truncate(kept)
         self._stream.seek(kept)
         if not kept:
@@ -43,6 +54,18 @@ class Journal:
         self.close()
         self.path.unlink()
 
+    def _lock(self) -> None:
+        """Take the folder for this process; where the file system has no locks, go without."""
+        try:
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConversionRefused(
+                f"{self.path.parent}: another process is writing there"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+                raise
+
     def _append(self, value: dict[str, object]) -> None:
         text = json.dumps(value)
         self._stream.write(f"{zlib.crc32(text.encode()):08x} {text}\n".encode())
@@ -55,10 +78,9 @@ class Journal:
         Raises:
             ConversionRefused: it belongs to another plan.
         """
-        if not self.path.is_file():
-            return 0
+        self._stream.seek(0)
         kept = 0
-        for line in self.path.read_bytes().splitlines(keepends=True):
+        for line in self._stream.read().splitlines(keepends=True):
             check, _, text = line.rstrip(b"\n").partition(b" ")
             if not line.endswith(b"\n") or check != f"{zlib.crc32(text):08x}".encode():
                 break

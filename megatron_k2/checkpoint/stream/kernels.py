@@ -40,13 +40,29 @@ def to_bf16(out: Array, inputs: list[Array], dtypes: list[str]) -> None:
 
 
 def dequantise_fp8(out: Array, inputs: list[Array], dtypes: list[str]) -> None:
-    """Turn block FP8 (weights, scales) into bf16."""
-    fp8_blocks.dequantise(inputs[0], _fp32(inputs[1], dtypes[1]), out)
+    """Turn block FP8 (weights, scales) into bf16, or into those numbers in fp32.
+
+    Raises:
+        ValueError: a NaN, or a scale with which the bytes could not come back.
+    """
+    scales = _fp32(inputs[1], dtypes[1])
+    plain = _plain(out)
+    fp8_blocks.dequantise(inputs[0], scales, plain)
+    if not fp8_blocks.scales_are_exact(scales):
+        again = np.empty_like(inputs[0])
+        fp8_blocks.quantise(plain, scales, again)
+        if not np.array_equal(again, inputs[0]):
+            raise ValueError(
+                f"scales from {scales.min():g} to {scales.max():g}: bf16 cannot hold these weights"
+            )
+    _widen_(plain, out)
 
 
 def dequantise_int4(out: Array, inputs: list[Array], dtypes: list[str]) -> None:
-    """Turn group INT4 (packed weights, scales) into bf16."""
-    int4_groups.dequantise(inputs[0], _fp32(inputs[1], dtypes[1]), out)
+    """Turn group INT4 (packed weights, scales) into bf16, or into those numbers in fp32."""
+    plain = _plain(out)
+    int4_groups.dequantise(inputs[0], _fp32(inputs[1], dtypes[1]), plain)
+    _widen_(plain, out)
 
 
 def requantise_fp8(out: Array, inputs: list[Array], dtypes: list[str]) -> None:
@@ -98,6 +114,16 @@ def cast(source: str, target: str) -> str:
 
 
 _FLOATS = ("BF16", "F32", "F16")
+
+
+def _plain(out: Array) -> Array:
+    """Return where bf16 bits go: the output, or memory of their own if it is fp32."""
+    return out if out.dtype == np.uint16 else np.empty(out.shape, np.uint16)
+
+
+def _widen_(plain: Array, out: Array) -> None:
+    if out.dtype == np.float32:
+        to_fp32(out, [plain], ["BF16"])
 
 
 def _fp32(values: Array, dtype: str) -> Array:

@@ -10,21 +10,21 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+from zlib_ng.zlib_ng import crc32_combine
 
-from megatron_k2.checkpoint.crc32 import join_crcs
 from megatron_k2.checkpoint.errors import ConversionRefused
 from megatron_k2.checkpoint.intact import FileRecord, write_manifest
 from megatron_k2.checkpoint.stream.crew import start
 from megatron_k2.checkpoint.stream.direct_io import create
 from megatron_k2.checkpoint.stream.journal import Journal
-from megatron_k2.checkpoint.stream.units import Unit
+from megatron_k2.checkpoint.stream.units import Slab, Unit
 from megatron_k2.checkpoint.stream.worker import Worker
 
 
@@ -39,25 +39,32 @@ class Plan:
     finish: Callable[[Path], None] = lambda folder: None  # writes the small files
 
     def fingerprint(self) -> str:
-        """Return a hash of the units and of the sources' sizes and times."""
+        """Return a hash of all units, of the bytes that they hold, and of the sources' states."""
         digest = hashlib.sha256(repr(sorted(self.options.items())).encode())
-        for path in self.sources:
+        read = {slab.path for slab in self._slabs()} | {str(path) for path in self.sources}
+        for path in sorted(map(Path, read)):
             stat = path.stat()
             digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
         for unit in self.units:
             digest.update(f"{unit.path} {unit.start} {unit.num_bytes}\n".encode())
+            for part in unit.parts:
+                places = [slab[1:] for matrix in part.inputs for slab in matrix.slabs]
+                digest.update(f"{part.at} {part.kernel} {part.dtype} {places}\n".encode())
+                digest.update(part.literal)
         return digest.hexdigest()
 
     @property
     def bytes_written(self) -> int:
-        """Bytes of the output."""
+        """Bytes of the output, but for ``metadata.json`` and the manifest."""
         return sum(self.files.values())
 
     @property
     def bytes_read(self) -> int:
         """Bytes of the input that are read, each time they are."""
-        slabs = (s for u in self.units for p in u.parts for m in p.inputs for s in m.slabs)
-        return sum(slab.rows * slab.width for slab in slabs)
+        return sum(slab.rows * slab.width for slab in self._slabs())
+
+    def _slabs(self) -> Iterator[Slab]:
+        return (s for u in self.units for p in u.parts for m in p.inputs for s in m.slabs)
 
 
 def run(plan: Plan, target: Path, workers: int, progress: bool = True) -> None:
@@ -70,8 +77,9 @@ def run(plan: Plan, target: Path, workers: int, progress: bool = True) -> None:
         progress: show a bar on standard error.
 
     Raises:
-        ConversionRefused: the target exists, or the disk is too small.
+        ConversionRefused: the target exists, or is being written by another process.
         CorruptSourceError: an input is not what its header says.
+        RuntimeError: a worker died.
     """
     if target.exists():
         raise ConversionRefused(f"{target}: is there already; remove it, or give another")
@@ -99,8 +107,10 @@ def run(plan: Plan, target: Path, workers: int, progress: bool = True) -> None:
     plan.finish(partial)
     records = _records(plan, journal.done)
     write_manifest(partial, records, (journal.path.name,), plan.options)
-    journal.remove()
-    _publish(partial, target)
+    _sync_folders(partial)
+    journal.remove()  # last: without it a second run would begin anew
+    os.rename(partial, target)
+    _sync(target.parent)
 
 
 def partial_folder(target: Path) -> Path:
@@ -128,16 +138,17 @@ def _work_apart(
                 assert isinstance(pipe, Connection)
                 try:
                     message = pipe.recv()
-                except EOFError:
+                    if message is None:
+                        index = next(queue, None)
+                        pipe.send(None if index is None else (index, plan.units[index]))
+                except (EOFError, OSError):  # cut off within a message, or before the answer
                     _dismiss(crew.pop(pipe))
                     continue
                 if message is None:
-                    index = next(queue, None)
-                    pipe.send(None if index is None else (index, plan.units[index]))
-                elif isinstance(message, Exception):
+                    continue
+                if isinstance(message, Exception):
                     raise message
-                else:
-                    done(*message)
+                done(*message)
     finally:
         for process in crew.values():
             process.kill()
@@ -160,16 +171,16 @@ def _records(plan: Plan, crcs: dict[int, int]) -> dict[str, FileRecord]:
         stretches.setdefault(unit.path, []).append((unit.start, unit.num_bytes, crcs[index]))
     found = {}
     for path, pieces in stretches.items():
-        joined = join_crcs((num_bytes, crc) for _, num_bytes, crc in sorted(pieces))
+        joined = 0
+        for _, num_bytes, crc in sorted(pieces):
+            joined = crc32_combine(joined, crc, num_bytes)
         found[path] = FileRecord(plan.files[path], f"{joined:08x}")
     return found
 
 
-def _publish(partial: Path, target: Path) -> None:
-    for folder in {path.parent for path in partial.rglob("*")} | {partial}:
+def _sync_folders(root: Path) -> None:
+    for folder in {path.parent for path in root.rglob("*")} | {root}:
         _sync(folder)
-    os.rename(partial, target)
-    _sync(target.parent)
 
 
 def _sync(folder: Path) -> None:

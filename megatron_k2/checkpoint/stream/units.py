@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from megatron_k2.checkpoint.hf.safetensors_header import ITEM_BYTES
 
@@ -21,8 +21,7 @@ PART_BYTES = 64 << 20
 """Larger tensors are cut by rows: a vocabulary of 163,840 x 7,168 is 2.3 GB in bf16."""
 
 
-@dataclass(frozen=True, slots=True)
-class Slab:
+class Slab(NamedTuple):
     """Rows of a matrix in a file: ``rows`` pieces of ``width`` bytes, ``stride`` bytes apart."""
 
     path: str
@@ -34,8 +33,7 @@ class Slab:
     to_byte: int = 0  # within the row
 
 
-@dataclass(frozen=True, slots=True)
-class Matrix:
+class Matrix(NamedTuple):
     """An input of [rows, columns] put together from slabs that do not overlap."""
 
     dtype: str
@@ -54,8 +52,7 @@ class Matrix:
         return self.rows * self.row_bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """Bytes ``[at, at + num_bytes)`` of a unit: a kernel's output, or ``literal``."""
 
     at: int
@@ -72,8 +69,7 @@ class Part:
         return len(self.literal) or math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
-@dataclass(frozen=True, slots=True)
-class Unit:
+class Unit(NamedTuple):
     """Bytes ``[start, start + num_bytes)`` of ``path``, which is relative to the output folder."""
 
     path: str

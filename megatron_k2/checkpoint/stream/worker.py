@@ -7,13 +7,13 @@ and outputs.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from zlib_ng.zlib_ng import crc32
 
 from megatron_k2.checkpoint.errors import CorruptSourceError
 from megatron_k2.checkpoint.stream.direct_io import Buffer, File, Inputs, pages_up
@@ -63,7 +63,7 @@ class Worker:
 
         def store(index: int, unit: Unit, memory: memoryview) -> None:
             lead = unit.start % PAGE_BYTES
-            crc = zlib.crc32(memory[lead : lead + unit.num_bytes])
+            crc = crc32(memory[lead : lead + unit.num_bytes])
             self._output(unit.path).write(unit.start, memory, unit.num_bytes)
             done(index, crc)
 

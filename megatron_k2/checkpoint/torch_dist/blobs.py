@@ -1,22 +1,33 @@
 """The torch.save archives inside ``.distcp`` files: one per chunk, at an offset.
 
-An archive is an uncompressed zip; the tensor's bytes are its record ``data/0``. To write one
-without torch in every worker, torch itself saves a tensor of zeros of each shape once and the
-frame around its bytes is kept: with checksums off (``torch.serialization.set_crc32_options``;
-torch.load never reads them) nothing else in an archive depends on the data.
+An archive is an uncompressed zip; the tensor's bytes are its record ``data/0``, at a multiple of
+64 (torch/serialization.py, ``_save`` and ``_load``). It is written without torch, whose import
+costs more than a small conversion; its checksum is 0, as under torch's own
+``set_crc32_options(False)``, so that nothing around the data depends on it: torch.load reads none.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import os
+import pickle
+import struct
 import zipfile
+import zlib
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from megatron_k2.checkpoint.errors import CorruptSourceError
-from megatron_k2.checkpoint.torch_dist.inert_pickle import name_of, read_pickle
+from megatron_k2.checkpoint.hf.safetensors_header import ITEM_BYTES
+from megatron_k2.checkpoint.torch_dist.inert_pickle import (
+    Reference,
+    name_of,
+    read_pickle,
+    record_class,
+    write_pickle,
+)
 
 DTYPES = {
     "bfloat16": "BF16", "float32": "F32", "float16": "F16", "float64": "F64", "int64": "I64",
@@ -31,6 +42,16 @@ _STORAGES = {
     "ByteStorage": "U8", "BoolStorage": "BOOL", "Float8_e4m3fnStorage": "F8_E4M3",
     "Float8_e5m2Storage": "F8_E5M2",
 }  # fmt: skip
+
+
+_STORAGE_NAMES = {dtype: n for n, dtype in _STORAGES.items() if not dtype.startswith("F8")}
+
+_ALIGNMENT = 64  # of each record's data, torch's own
+# PKWARE's APPNOTE.TXT, 4.3.7, 4.3.12, 4.3.16 and 4.5.1: all little endian.
+_LOCAL = struct.Struct("<4s5H3L2H")
+_CENTRAL = struct.Struct("<4s6H3L5H2L")
+_END = struct.Struct("<4s4H2LH")
+_EXTRA = struct.Struct("<2sH")
 
 
 @dataclass(frozen=True)
@@ -113,61 +134,48 @@ def read_object(descriptor: int, start: int, length: int, where: str) -> Any:
 
 @cache
 def make_frame(dtype: str, shape: tuple[int, ...]) -> Frame:
-    """Return the frame of torch's archive of a tensor. Imports torch."""
-    import torch
-
-    names = {ours: theirs for theirs, ours in DTYPES.items()}
-    # The memory is never touched: a large tensor's bytes are written in one piece and not kept.
-    tensor = torch.empty(shape, dtype=getattr(torch, names[dtype]))
-    stream = _FrameStream(tensor.nbytes)
-    _save(tensor, stream)
-    if stream.after is None:  # a small one is told by its place in the archive
-        archive = bytes(stream.before)
-        data_start, data_bytes = _zip_records(io.BytesIO(archive), "frame")["data/0"]
-        return Frame(archive[:data_start], archive[data_start + data_bytes :])
-    return Frame(bytes(stream.before), bytes(stream.after))
+    """Return the frame of an archive that torch.load reads as a contiguous tensor."""
+    items = math.prod(shape)
+    # torch._utils._rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)
+    storage = Reference(
+        ("storage", record_class("torch", _STORAGE_NAMES[dtype]), "0", "cpu", items)
+    )
+    rebuild = record_class("torch._utils", "_rebuild_tensor_v2")
+    hooks = record_class("collections", "OrderedDict")()
+    value = rebuild(storage, 0, shape, _contiguous(shape), False, hooks)
+    return _archive(write_pickle(value), items * ITEM_BYTES[dtype])
 
 
 def save_archive(value: Any) -> bytes:
-    """Return torch.save's archive of a value, its bytes a function of the value. Imports torch."""
-    stream = io.BytesIO()
-    _save(value, stream)
-    return stream.getvalue()
+    """Return an archive of a value without tensors, its bytes a function of the value."""
+    frame = _archive(pickle.dumps(value, protocol=2), None)
+    return frame.before + frame.after
 
 
-def _save(value: Any, stream: Any) -> None:
-    import torch
+def _archive(pickled: bytes, data_bytes: int | None) -> Frame:
+    """Return a stored zip with the records that torch.load asks for, around ``data/0``."""
+    before, after = bytearray(), bytearray()
+    directory = bytearray()
 
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        torch.save(value, stream)
-    finally:
-        torch.serialization.set_crc32_options(before)
+    def add(name: str, data: bytes, num_bytes: int, crc: int, into: bytearray, base: int) -> None:
+        path = f"archive/{name}".encode()
+        at = base + len(into)
+        padding = -(at + _LOCAL.size + len(path) + 4) % _ALIGNMENT
+        extra = _EXTRA.pack(b"FB", padding) + b"Z" * padding
+        common = (20, 0, 0, 0, 0x21, crc, num_bytes, num_bytes, len(path))  # dated 1980-01-01
+        into += _LOCAL.pack(b"PK\x03\x04", *common, len(extra)) + path + extra + data
+        directory.extend(_CENTRAL.pack(b"PK\x01\x02", 20, *common, 0, 0, 0, 0, 0, at) + path)
 
-
-class _FrameStream:
-    """Keeps what is written before and after the one long piece: the tensor's bytes."""
-
-    _LONG = 1 << 16  # everything else in an archive is shorter
-
-    def __init__(self, num_bytes: int) -> None:
-        self._num_bytes = num_bytes
-        self.before = bytearray()
-        self.after: bytearray | None = None
-
-    def write(self, data: Any) -> int:
-        data = memoryview(data)
-        if data.nbytes == self._num_bytes >= self._LONG and self.after is None:
-            self.after = bytearray()
-        elif self.after is None:
-            self.before += data
-        else:
-            self.after += data
-        return data.nbytes
-
-    def flush(self) -> None:
-        pass
+    small = {"data.pkl": pickled, "byteorder": b"little", "version": b"3\n"}
+    for name, data in small.items():
+        add(name, data, len(data), zlib.crc32(data), before, 0)
+    if data_bytes is not None:
+        add("data/0", b"", data_bytes, 0, before, 0)
+    end = len(before) + (data_bytes or 0)
+    count = len(small) + (data_bytes is not None)
+    after += directory
+    after += _END.pack(b"PK\x05\x06", 0, 0, count, count, len(directory), end, 0)
+    return Frame(bytes(before), bytes(after))
 
 
 def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -13,12 +13,14 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from megatron_k2.checkpoint.errors import refuse
 from megatron_k2.checkpoint.hf.model import ModelShape
 from megatron_k2.checkpoint.hf.safetensors_header import ITEM_BYTES
 from megatron_k2.checkpoint.names import Region, regions
-from megatron_k2.checkpoint.stream.units import Matrix, Slab, as_matrix
+from megatron_k2.checkpoint.stream.kernels import cast
+from megatron_k2.checkpoint.stream.units import Matrix, Part, Slab, as_matrix, take_rows
 from megatron_k2.checkpoint.torch_dist.blobs import find_tensor
 from megatron_k2.checkpoint.torch_dist.folder import Chunk, GlobalTensor, TorchDistFolder
 
@@ -36,6 +38,10 @@ class MegatronSource:
     regions: tuple[Region, ...] = field(repr=False)
     skipped_bytes: int = 0  # of optimizer state and the like
     _starts: dict[Chunk, int] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def _by_name(self) -> dict[str, Region]:
+        return {region.name: region for region in self.regions}
 
     def dtype(self, name: str) -> str:
         """Return the dtype that a Hugging Face tensor has on Megatron's side."""
@@ -59,6 +65,12 @@ class MegatronSource:
         if covered != rows * columns * ITEM_BYTES[tensor.dtype]:
             refuse([f"{region.name}: its chunks hold {covered} bytes of it"], str(self.folder.path))
         return Matrix(tensor.dtype, rows, columns, tuple(slabs))
+
+    def part(self, name: str, dtype: str, first: int, last: int) -> Part:
+        """Return the part that makes rows ``[first, last)`` of a Hugging Face tensor."""
+        piece = take_rows(self.matrix(self._by_name[name]), first, last)
+        kernel = cast(piece.dtype, dtype)
+        return Part(0, kernel, dtype, (last - first, piece.columns), (piece,), name=name)
 
     def _overlap(
         self, dtype: str, chunk: Chunk, offset: tuple[int, ...], size: tuple[int, int]

@@ -68,6 +68,8 @@ def test_a_run_trains_reports_samples_and_is_finished_the_second_time(text, tmp_
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert list((output / "tensorboard").glob("events.*"))
     assert last_checkpoint(output / "checkpoints") == 8
+    assert re.search(r"\[export\] .*run/hf for transformers; .* \de-0[67] of their spread", first)
+    assert json.loads((output / "hf" / "config.json").read_text())["model_type"] == "deepseek_v3"
 
     assert main(arguments) == 0
     second = capfd.readouterr().out

@@ -1,0 +1,1 @@
+"""Kimi's tokenizer and chat format: text to token ids and back, without torch and Megatron."""
