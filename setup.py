@@ -18,6 +18,8 @@ INSTALL_REQUIRES = [
     "tensorboard>=2.19,<3",
     "matplotlib>=3.9,<4",
     "tqdm>=4.66,<5",
+    "tiktoken>=0.9,<1",
+    "jinja2>=3.1.6,<4",
     # CRC-32 at memory speed, which the interpreter's zlib lacks, and the CRC of joined pieces.
     "zlib-ng>=1,<2",
 ]

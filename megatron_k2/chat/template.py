@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
@@ -116,6 +117,16 @@ def render_template(template: str, messages: Sequence[Message], **variables: Any
         ValueError: the template does not render.
     """
     import jinja2
+
+    try:
+        return str(_compiled(template).render(messages=messages, **variables))
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        raise ValueError(f"the chat template does not render: {error}") from error
+
+
+@lru_cache(maxsize=8)
+def _compiled(template: str) -> Any:
+    import jinja2
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -127,10 +138,7 @@ def render_template(template: str, messages: Sequence[Message], **variables: Any
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = refuse
-    try:
-        return environment.from_string(template).render(messages=messages, **variables)
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
-        raise ValueError(f"the chat template does not render: {error}") from error
+    return environment.from_string(template)
 
 
 def _tojson(
@@ -159,7 +167,7 @@ def _pieces(
         role = message["role"]
         yield from _head(role, message.get("name") or role)
         if role == "tool":
-            yield Segment(f"## Return of {message.get('tool_call_id')}\n")
+            yield Segment(f"## Return of {message.get('tool_call_id') or ''}\n")
         yield Segment(_text(message))
         if role == "assistant" and message.get("tool_calls"):
             yield from _calls(message["tool_calls"])

@@ -93,6 +93,7 @@ class KimiTokenizer:
 
     Attributes:
         path: the rank file.
+        config: tokenizer_config.json, empty without one.
         num_ranks: ordinary tokens, ids ``[0, num_ranks)``; 163,584 for Kimi K2.
         vocab_size: with the 256 special ids; 163,840 for Kimi K2.
         special_tokens: name -> id of all 256.
@@ -118,10 +119,10 @@ class KimiTokenizer:
         self.num_ranks = len(self._ranks)
         self.vocab_size = self.num_ranks + NUM_SPECIAL
         beside = self.path.with_name(CONFIG_FILE)
-        config = read_config(beside) if self.path.name == RANK_FILE else {}
-        self.special_tokens = special_tokens(config, self.num_ranks)
-        self._spoken = spoken_tokens(config, self.special_tokens)
-        ids = role_ids(config, self.special_tokens)
+        self.config = read_config(beside) if self.path.name == RANK_FILE else {}
+        self.special_tokens = special_tokens(self.config, self.num_ranks)
+        self._spoken = spoken_tokens(self.config, self.special_tokens)
+        ids = role_ids(self.config, self.special_tokens)
         self.bos_id, self.eos_id = ids["bos"], ids["eos"]
         self.unk_id, self.pad_id = ids["unk"], ids["pad"]
         names = json.dumps([self.special_tokens, ids]).encode()

@@ -218,7 +218,9 @@ def _require_same_model(
     folder: dist_folder.TorchDistFolder, pattern: Pattern, options: Options
 ) -> None:
     """Refuse a pattern whose config.json would make another function of the same tensors."""
-    problems = differences(pattern.config, folder.arguments)
+    # Megatron-Core before 0.19 kept the arguments elsewhere; shapes are still compared.
+    arguments = folder.arguments if dist_folder.COMMON_KEY in folder.objects else {}
+    problems = differences(pattern.config, arguments)
     rows = pattern.config.get("vocab_size")
     if options.vocab_size not in (None, rows):
         problems.append(f"vocab_size: --vocab-size says {options.vocab_size}, config.json {rows}")

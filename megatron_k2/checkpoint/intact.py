@@ -151,14 +151,17 @@ def verify_directory(
 
 
 def verify_manifest(
-    directory: Path, level: str = "full", share: tuple[int, int] = (0, 1)
+    directory: Path,
+    level: str = "full",
+    share: tuple[int, int] = (0, 1),
+    only: Collection[str] | None = None,
 ) -> list[str]:
-    """Return what is wrong with the files that a manifest names."""
+    """Return what is wrong with the files that a manifest names, or with ``only`` these."""
     try:
         files = _read_manifest(directory / MANIFEST)
     except (OSError, ValueError, KeyError, TypeError) as error:
         return [f"{directory / MANIFEST}: unreadable ({error})"]
-    names = sorted(files)[share[0] :: share[1]]
+    names = sorted(files if only is None else files.keys() & set(only))[share[0] :: share[1]]
     return [p for name in names if (p := _problem(directory / name, files[name], level))]
 
 

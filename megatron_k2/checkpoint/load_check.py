@@ -59,8 +59,7 @@ def require_intact(save_dir: str, iteration: int | None, level: str = "full") ->
         way_out = _broadcast(offered)
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise intact.DamagedCheckpointError(
-            f"checkpoint of {_name(asked)} in {save_dir} is damaged: {problems[0]}{more}; "
-            f"{way_out}"
+            f"checkpoint of {_name(asked)} in {save_dir} is damaged: {problems[0]}{more}; {way_out}"
         )
     if distributed:
         _verified.add((save_dir, asked))

@@ -14,6 +14,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from megatron_k2.checkpoint.hf.arguments import config_from_arguments
 from megatron_k2.checkpoint.hf.model import ModelShape, shape_from_config, text_config
 from megatron_k2.checkpoint.hf.safetensors_header import encode_header
 from megatron_k2.checkpoint.hf.source import open_source as open_hf
-from megatron_k2.checkpoint.names import Region, regions
+from megatron_k2.checkpoint.names import Region, regions, repeated
 from megatron_k2.checkpoint.stream.direct_io import pages_up
 from megatron_k2.checkpoint.tensors import TensorReader
 from megatron_k2.checkpoint.to_megatron import directory, finish
@@ -39,6 +40,14 @@ FORMATS = ("torch_dist", "hf")
 Get = Callable[[], Any]
 _EXPERT = re.compile(r"\.mlp\.experts\.(\d+)\.")
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+
+
+def table(shape: ModelShape) -> list[Region]:
+    """Return all tensors in the order they are sent; those that repeat another at the end."""
+    wanted = list(regions(shape))
+    by_name = {region.name: region for region in wanted}
+    copies = ((name, by_name[main]) for name, main in repeated(shape).items())
+    return wanted + [replace(region, name=name) for name, region in copies]
 
 
 def message_of(region: Region) -> str:
@@ -65,8 +74,12 @@ def messages(path: Path) -> Iterator[Any]:
         config = dict(text_config(source.folder.config))
     yield _metadata(config, source.shape, iteration)
     reader = TensorReader(source)
-    for name, group in itertools.groupby(source.regions, message_of):
-        parts = {region.name: reader.tensor(region.name, _dtype(region)) for region in group}
+    copies = repeated(source.shape)
+    for name, group in itertools.groupby(table(source.shape), message_of):
+        parts = {
+            region.name: reader.tensor(copies.get(region.name, region.name), _dtype(region))
+            for region in group
+        }
         yield {"name": name, **parts}
     reader.close()
     yield "done"
@@ -114,12 +127,14 @@ def save(get: Get, target: Path, kind: str) -> None:
     shape = shape_from_config(config)
     tensors = _tensors(get, shape)
     if kind == "torch_dist":
-        places = _write_archives(tensors, partial)
+        copies = repeated(shape)  # which Megatron shares
+        own = ((region, tensor) for region, tensor in tensors if region.name not in copies)
+        places = _write_archives(own, partial)
         for name, data in directory(config, shape, places).items():
             (partial / name).write_bytes(data)
         finish(partial)
     else:
-        _write_safetensors(tensors, list(regions(shape)), config, partial)
+        _write_safetensors(tensors, table(shape), config, partial)
     partial.rename(folder)
     if kind == "torch_dist":
         intact.publish_text(target / intact.TRACKER, intact.RELEASE)
@@ -127,7 +142,7 @@ def save(get: Get, target: Path, kind: str) -> None:
 
 def _tensors(get: Get, shape: ModelShape) -> Iterator[tuple[Region, Tensor]]:
     """Yield every tensor of the table in its order; each must come and no other."""
-    for name, group in itertools.groupby(regions(shape), message_of):
+    for name, group in itertools.groupby(table(shape), message_of):
         message = get()
         if not isinstance(message, dict) or message.pop("name") != name:
             raise ConversionRefused(f"the loader ended, or sent another message than {name!r}")

@@ -193,7 +193,7 @@ def _like(
     if name.endswith(SCALE):
         wide = dtype if request.original_scales else "F32"
         return [(name, wide, shape)] if request.weights == "fp8" else []
-    is_fp8 = dtype == "F8_E4M3" if has_fp8 else _is_linear(name, shape)
+    is_fp8 = dtype == "F8_E4M3" if has_fp8 else is_linear(name, shape)
     if request.weights != "fp8" or not is_fp8:
         return [(name, plain, shape)]
     scale = [] if has_fp8 else [(name + SCALE, "F32", num_blocks(shape))]
@@ -233,7 +233,7 @@ def _aligned(entries: list[Entry]) -> list[Entry]:
     return sorted(entries, key=lambda entry: -ITEM_BYTES[entry[1]])
 
 
-def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
+def is_linear(name: str, shape: tuple[int, ...]) -> bool:
     """Tell whether the releases store a matrix in FP8: attention and feed-forward, not the gate."""
     if len(shape) != 2 or name.endswith((".mlp.gate.weight", ".eh_proj.weight")):
         return False

@@ -18,9 +18,9 @@ from megatron.core.tokenizers.text.libraries.abstract_tokenizer import (
 )
 from megatron.core.tokenizers.text.text_tokenizer import MegatronTokenizerText
 
-from megatron_k2.chat.special_tokens import CONFIG_FILE, CONTROL_TOKENS, ROLES, read_config
+from megatron_k2.chat.special_tokens import CONFIG_FILE, CONTROL_TOKENS, ROLES
 from megatron_k2.chat.template import read_template, render_template, sorted_keys
-from megatron_k2.chat.tokenizer import KimiTokenizer
+from megatron_k2.chat.tokenizer import RANK_FILE, KimiTokenizer
 
 TOKENIZER_TYPE = "KimiTiktokenTokenizer"
 LIBRARY = "kimi-tiktoken"
@@ -37,9 +37,9 @@ class KimiTiktokenTokenizer(MegatronTokenizerTextAbstract):
             chat_template: a jinja template in place of the folder's.
         """
         self.kimi = KimiTokenizer(path)
-        folder = self.kimi.path.parent
-        config = read_config(folder / CONFIG_FILE)
-        self.chat_template = chat_template or read_template(folder, config)
+        if chat_template is None and self.kimi.path.name == RANK_FILE:
+            chat_template = read_template(self.kimi.path.parent, self.kimi.config)
+        self.chat_template = chat_template
 
     @property
     def bos_id(self) -> int:
@@ -210,11 +210,11 @@ def build(args: Any) -> KimiMegatronTokenizer:
     from megatron_k2.inputs import UsageError
 
     if not args.tokenizer_model:
-        raise UsageError(f"--tokenizer-type {TOKENIZER_TYPE} needs --tokenizer-model DIR_OR_FILE")
+        raise UsageError("give --tokenizer-model a release's folder or a rank file")
     try:
         tokenizer = KimiMegatronTokenizer(args.tokenizer_model, chat_template=args.chat_template)
     except ValueError as error:
-        raise UsageError(f"--tokenizer-model {args.tokenizer_model}: {error}") from error
+        raise UsageError(str(error)) from error
     if args.pad_vocab_size:
         build_tokenizer._set_padded_vocab_size(args, tokenizer)
     return tokenizer

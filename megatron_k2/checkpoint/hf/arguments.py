@@ -44,7 +44,7 @@ _CONFIG_DEFAULTS: Mapping[str, Any] = {
 }
 """DeepseekV3Config's own values of fields that a config.json may leave out; Megatron's differ."""
 
-_FIXED_CONFIG: Mapping[str, Any] = {
+_FIXED_CONFIG: dict[str, Any] = {
     "architectures": ["DeepseekV3ForCausalLM"],
     "model_type": "deepseek_v3",
     "hidden_act": "silu",
@@ -63,6 +63,9 @@ _FIXED_CONFIG: Mapping[str, Any] = {
 }
 """Fields that transformers has defaults for, and vLLM and SGLang read. A run's arguments do not say
 which ids begin and end a text; left out, transformers would stop at id 1."""
+
+_MEGATRON_NONE: Mapping[str, Any] = {"moe_router_topk_scaling_factor": 1.0}
+"""What Megatron takes None for."""
 
 _FUNCTION = (
     "num_attention_heads", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim",
@@ -136,29 +139,31 @@ def config_from_arguments(
         raise ConversionRefused(
             "the checkpoint keeps no arguments of a multi-latent-attention model"
         )
-    _require_pairs(arguments, "the checkpoint")
-    config = dict(_FIXED_CONFIG)
-    config |= {name: arguments.get(dest) for name, dest in CONFIG_NAMES.items()}
-    if config["routed_scaling_factor"] is None:
-        config["routed_scaling_factor"] = 1.0  # Megatron's None
-    width = arguments["moe_ffn_hidden_size"]
+    numbers = {
+        name: _argument(arguments, dest, _MEGATRON_NONE.get(dest))
+        for name, dest in CONFIG_NAMES.items()
+        if name != "vocab_size"
+    }
+    shared = _argument(arguments, "moe_shared_expert_intermediate_size", 0)
+    config = _FIXED_CONFIG | numbers
     config |= {
         "vocab_size": vocab_size or _vocab_size(arguments),
         "q_lora_rank": arguments.get("q_lora_rank"),
-        "n_shared_experts": (arguments.get("moe_shared_expert_intermediate_size") or 0) // width,
+        "n_shared_experts": shared // max(1, numbers["moe_intermediate_size"]),
         "first_k_dense_replace": _num_dense(arguments),
-        "n_group": arguments.get("moe_router_num_groups") or 1,
-        "topk_group": arguments.get("moe_router_group_topk") or 1,
-        "num_nextn_predict_layers": arguments.get("mtp_num_layers") or 0,
-        "rope_theta": float(arguments.get("rotary_base", 10000)),
+        "n_group": _argument(arguments, "moe_router_num_groups", 1),
+        "topk_group": _argument(arguments, "moe_router_group_topk", 1),
+        "num_nextn_predict_layers": _argument(arguments, "mtp_num_layers", 0),
+        "rope_theta": float(_argument(arguments, "rotary_base", 10000)),
         "rope_scaling": None,
-        "aux_loss_alpha": _first(arguments.get("moe_aux_loss_coeff", 0.0)),
+        "aux_loss_alpha": _first(arguments.get("moe_aux_loss_coeff")),
         "torch_dtype": "bfloat16",
     }
     if arguments.get("rope_type") == "yarn" and arguments.get("rotary_scaling_factor", 1) != 1:
-        yarn = {name: arguments[dest] for name, dest in YARN_NAMES.items()}
+        yarn = {name: _argument(arguments, dest) for name, dest in YARN_NAMES.items()}
         config["rope_scaling"] = {"type": "yarn", **yarn}
-    shape_from_config(config)
+    _require_pairs(arguments, "the checkpoint")
+    arguments_from_config(config)
     return config
 
 
@@ -238,10 +243,10 @@ def _number(config: Mapping[str, Any], name: str, kind: Any = (int, float)) -> A
 
 
 def _vocab_size(arguments: Mapping[str, Any]) -> int:
-    given = arguments.get("vocab_size")
-    if not given:
-        return int(arguments["padded_vocab_size"])
-    return int(given) + (arguments.get("tokenizer_type") == "NullTokenizer")
+    if not arguments.get("vocab_size"):
+        return int(_argument(arguments, "padded_vocab_size"))
+    given = int(_argument(arguments, "vocab_size"))
+    return given + (arguments.get("tokenizer_type") == "NullTokenizer")
 
 
 def _num_dense(arguments: Mapping[str, Any]) -> int:
@@ -262,4 +267,15 @@ def _num_dense(arguments: Mapping[str, Any]) -> int:
 
 
 def _first(value: Any) -> float:
-    return float(value[0] if isinstance(value, list) else value or 0.0)
+    """Return the first of the balance losses' coefficients, 0 without one."""
+    given = value[0] if isinstance(value, list) and value else value
+    return float(_argument({"moe_aux_loss_coeff": given}, "moe_aux_loss_coeff", 0.0))
+
+
+def _argument(arguments: Mapping[str, Any], dest: str, missing: Any = None) -> Any:
+    """Return a number among a run's arguments; ``missing`` if it is not given."""
+    value = arguments.get(dest)
+    value = missing if value is None else value
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        raise ConversionRefused(f"the checkpoint's arguments: {dest} {value!r} is not a number")
+    return value

@@ -114,12 +114,18 @@ def find_tensor(descriptor: int, start: int, length: int, where: str) -> SavedTe
     value = _pickle_of(descriptor, start, records, where)
     if name_of(value) not in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor"):
         raise CorruptSourceError(f"{where}: holds {name_of(value) or type(value)}, not a tensor")
-    storage, offset, size, stride = value.args[:4]
-    dtype = _STORAGES.get(name_of(storage[1]).rpartition(".")[2])
-    shape = tuple(size.args[0] if name_of(size) == "torch.Size" else size)
-    if dtype is None or offset != 0 or tuple(stride) != _contiguous(shape):
+    try:
+        storage, offset, size, stride = value.args[:4]
+        dtype = _STORAGES[name_of(storage[1]).rpartition(".")[2]]
+        shape = tuple(size.args[0] if name_of(size) == "torch.Size" else size)
+        begin, num_bytes = records[f"data/{storage[2]}"]
+        is_plain = offset == 0 and tuple(stride) == _contiguous(shape)
+        is_plain &= math.prod(shape) * ITEM_BYTES[dtype] <= num_bytes
+    except (KeyError, ValueError, TypeError, IndexError, AttributeError):
+        is_plain = False
+    if not is_plain:
         raise CorruptSourceError(f"{where}: a tensor that is not plain and contiguous")
-    return SavedTensor(dtype, shape, start + records[f"data/{storage[2]}"][0])
+    return SavedTensor(dtype, shape, start + begin)
 
 
 def read_object(descriptor: int, start: int, length: int, where: str) -> Any:
@@ -188,7 +194,11 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _records(descriptor: int, start: int, length: int, where: str) -> dict[str, tuple[int, int]]:
     window = io.BufferedReader(_Window(descriptor, start, length), 4096)
-    return _zip_records(window, where)
+    found = _zip_records(window, where)
+    for name, (begin, num_bytes) in found.items():
+        if begin + num_bytes > length:
+            raise CorruptSourceError(f"{where}: its record {name} goes beyond its end")
+    return found
 
 
 def _zip_records(stream: Any, where: str) -> dict[str, tuple[int, int]]:
@@ -197,12 +207,14 @@ def _zip_records(stream: Any, where: str) -> dict[str, tuple[int, int]]:
     try:
         with zipfile.ZipFile(stream) as archive:
             for entry in archive.infolist():
+                if entry.compress_type != zipfile.ZIP_STORED:
+                    raise ValueError(f"{entry.filename} is compressed")
                 stream.seek(entry.header_offset)
                 local = stream.read(30)
                 name, extra = (int.from_bytes(local[i : i + 2], "little") for i in (26, 28))
                 begin = entry.header_offset + 30 + name + extra
                 found[entry.filename.partition("/")[2]] = (begin, entry.file_size)
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
         raise CorruptSourceError(f"{where}: not a torch.save archive ({error})") from error
     return found
 

@@ -61,18 +61,24 @@ class TorchDistFolder:
                 "in common.pt: load and save it once with 0.19"
             )
         path, start, length = self.objects[COMMON_KEY]
-        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise CorruptSourceError(f"{path}: {error.strerror or error}") from error
         try:
             value = read_object(descriptor, start, length, f"{path}: common state")
         finally:
             os.close(descriptor)
-        return value[0] if isinstance(value, list) else value
+        state = value[0] if isinstance(value, list) and value else value
+        if not isinstance(state, dict):
+            raise CorruptSourceError(f"{path}: the common state is no dictionary")
+        return state
 
     @property
     def arguments(self) -> dict[str, Any]:
         """The arguments of the run that saved it; enums and the like are inert records."""
-        saved = self.common_state.get("args")
-        return saved.state if saved is not None else {}
+        state = getattr(self.common_state.get("args"), "state", None)
+        return state if isinstance(state, dict) else {}
 
     @property
     def iteration(self) -> int:
@@ -120,6 +126,10 @@ def open_folder(path: str | Path) -> TorchDistFolder:
         CorruptSourceError: its metadata cannot be read.
     """
     folder = resolve(path)
+    if (folder / intact.MANIFEST).is_file():  # a flipped bit in a pickle can ask for all memory
+        problems = intact.verify_manifest(folder, only=(METADATA,))
+        if problems:
+            raise CorruptSourceError(problems[0])
     try:
         root = read_pickle((folder / METADATA).read_bytes())
         entries, places = root["state_dict_metadata"], root["storage_data"]

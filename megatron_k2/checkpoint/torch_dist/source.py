@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from megatron_k2.checkpoint.errors import refuse
+from megatron_k2.checkpoint.errors import CorruptSourceError, refuse
 from megatron_k2.checkpoint.hf.model import ModelShape
 from megatron_k2.checkpoint.hf.safetensors_header import ITEM_BYTES
 from megatron_k2.checkpoint.names import Region, regions
@@ -93,7 +93,7 @@ class MegatronSource:
         place = (index * chunk_rows + first - chunk_row) * chunk_columns + left - chunk_column
         return Slab(
             str(chunk.path),
-            self._start(chunk) + place * item,
+            self._start(chunk, dtype) + place * item,
             last - first,
             (right - left) * item,
             chunk_columns * item,
@@ -101,16 +101,22 @@ class MegatronSource:
             (left - column) * item,
         )
 
-    def _start(self, chunk: Chunk) -> int:
+    def _start(self, chunk: Chunk, dtype: str) -> int:
+        """Return where a chunk's bytes begin in its file."""
         if chunk not in self._starts:
-            descriptor = os.open(chunk.path, os.O_RDONLY)
+            where = f"{chunk.path} at byte {chunk.start}"
             try:
-                where = f"{chunk.path} at byte {chunk.start}"
+                descriptor = os.open(chunk.path, os.O_RDONLY)
+            except OSError as error:
+                raise CorruptSourceError(f"{chunk.path}: {error.strerror or error}") from error
+            try:
                 found = find_tensor(descriptor, chunk.start, chunk.num_bytes, where)
             finally:
                 os.close(descriptor)
-            if found.shape != chunk.size:
-                refuse([f"{where}: {found.shape}, the metadata says {chunk.size}"], "damaged")
+            if (found.dtype, found.shape) != (dtype, chunk.size):
+                raise CorruptSourceError(
+                    f"{where}: {found.dtype} {found.shape}, the metadata says {dtype} {chunk.size}"
+                )
             self._starts[chunk] = found.start
         return self._starts[chunk]
 

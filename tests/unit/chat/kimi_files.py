@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_k2.chat.special_tokens import CONTROL_TOKENS
+from megatron_k2.chat.tokenizer import PATTERN
 from tests.reference.kimi_tokenizer import rank_file, train
 
 NUM_MERGES = 180
@@ -30,9 +31,8 @@ TEMPLATE = """\
 {%- endif -%}
 {%- for m in messages -%}
   {%- set label = m.get('name') or m.role -%}
-  {%- if m.role in ('user', 'assistant') -%}<|im_{{ m.role }}|>{{ label }}<|im_middle|>
-  {%- else -%}<|im_system|>{{ label }}<|im_middle|>
-  {%- endif -%}
+  {%- set marks = {'user': '<|im_user|>', 'assistant': '<|im_assistant|>'} -%}
+  {{- marks.get(m.role, '<|im_system|>') -}}{{ label }}<|im_middle|>
   {%- if m.role == 'tool' -%}{{ '## Return of ' + m.tool_call_id + '\\n' }}{%- endif -%}
   {{- m.content or '' -}}
   {%- if m.get('tool_calls') -%}
@@ -49,6 +49,27 @@ TEMPLATE = """\
 {%- if add_generation_prompt -%}<|im_assistant|>assistant<|im_middle|>{%- endif -%}
 """
 """The chat rules once more, as a template: a twin of megatron_k2.chat.template."""
+
+
+CODE = """\
+raise SystemExit("this file is read and never run")
+
+
+class TikTokenTokenizer:
+    num_reserved_special_tokens = 256
+    pat_str = "|".join(%s)
+
+    def encode(self, text):
+        TIKTOKEN_MAX_ENCODE_CHARS = 400_000
+        MAX_NO_WHITESPACES_CHARS = 25_000
+        return self.cut(text)
+
+    def cut(self, text):
+        '''Cut it.'''
+        logger.info("cutting")
+        return [text]  # all of it
+"""
+"""The shape of a release's tokenization_kimi.py; the pattern's alternatives go in."""
 
 
 @cache
@@ -80,4 +101,11 @@ def write_tokenizer(folder: Path, **changes: Any) -> Path:
     (folder / "tiktoken.model").write_bytes(rank_file(small_ranks()))
     config = tokenizer_config(len(small_ranks())) | changes
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+    return folder
+
+
+def write_chat_files(folder: Path) -> Path:
+    """Write the chat template and the tokenizer's code."""
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    (folder / "tokenization_kimi.py").write_text(CODE % (PATTERN.split("|"),))
     return folder

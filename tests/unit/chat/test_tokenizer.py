@@ -4,6 +4,8 @@ import base64
 import hashlib
 import itertools
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -131,6 +133,15 @@ def test_white_space_of_the_windows_is_that_of_isspace() -> None:
     other = "".join(character for character in characters if not character.isspace())
     assert white.rstrip() == "" and white.split() == []
     assert other.rsplit() == [other] and all(character.rstrip() for character in other)
+
+
+def test_the_room_needs_neither_torch_nor_megatron() -> None:
+    code = (
+        "import sys, megatron_k2.chat.template, megatron_k2.chat.tokenizer\n"
+        "print({'torch', 'megatron.core', 'transformers'} & set(sys.modules))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "set()"
 
 
 def test_names_of_control_tokens_in_text_stay_text(tokenizer) -> None:

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_k2.checkpoint import conversions, intact
 from megatron_k2.checkpoint.conversions import Options
+from tests.unit.checkpoint.hf_models import make_folder
 
 
 def load_release(folder: Path) -> dict[str, Tensor]:
@@ -44,6 +45,18 @@ def there(source: Path, target: Path, **options: Any) -> Path:
 def back(source: Path, target: Path, **options: Any) -> Path:
     """Convert to Hugging Face in this process; return the folder."""
     return conversions.to_hf(source, target, Options(**options), workers=1, quiet=True)
+
+
+SMALL = dict(
+    hidden_size=64, intermediate_size=96, moe_intermediate_size=40, n_routed_experts=4,
+    num_hidden_layers=2, vocab_size=101, q_lora_rank=24, kv_lora_rank=16,
+)  # fmt: skip
+"""Changes to ``hf_models.BASE`` for tests that convert many times."""
+
+
+def make_small(folder: Path, **changes: Any) -> Path:
+    """Write a folder of about 100 kB."""
+    return make_folder(folder, **SMALL | changes)
 
 
 def assert_same_files(found: Path, expected: Path) -> None:

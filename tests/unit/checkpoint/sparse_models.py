@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_k2.checkpoint.stream.run import Plan
 from tests.unit.checkpoint.hf_models import BASE, FP8
 
 Shape = tuple[int, ...]
@@ -52,13 +53,14 @@ MOONLIGHT: dict[str, Any] = COMMON | dict(
     qk_rope_head_dim=64, v_head_dim=128, n_group=1, topk_group=1, routed_scaling_factor=2.446,
     rope_theta=50000.0, max_position_embeddings=8192, num_nextn_predict_layers=0,
 )  # fmt: skip
+_WIDTHS = ("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "kv_lora_rank")
 NUM_SHARDS = {"kimi_k2": 61, "deepseek_v3": 163}
 
 
 def released(config: dict[str, Any]) -> Iterator[tuple[str, str, Shape]]:
     """Yield name, dtype and shape of every tensor of a release, layer by layer."""
-    hidden, heads, rope = (config[n] for n in ("hidden_size", "num_attention_heads", "qk_rope_head_dim"))
-    nope, value, latent = (config[n] for n in ("qk_nope_head_dim", "v_head_dim", "kv_lora_rank"))
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    rope, nope, value, latent = (config[name] for name in _WIDTHS)
     query_latent, moe_width = config["q_lora_rank"], config["moe_intermediate_size"]
     vocabulary: Shape = (config["vocab_size"], hidden)
     fp8 = "quantization_config" in config
@@ -118,7 +120,9 @@ def num_bytes(dtype: str, shape: Shape) -> int:
     return count * WIDTHS[dtype]
 
 
-def write_sparse(folder: Path, config: dict[str, Any], tensors: list[tuple[str, str, Shape]]) -> Path:
+def write_sparse(
+    folder: Path, config: dict[str, Any], tensors: list[tuple[str, str, Shape]]
+) -> Path:
     """Write a release whose data is a hole: any size, on a few MB of disk."""
     folder.mkdir(parents=True)
     count = NUM_SHARDS[config["model_type"]] if len(tensors) > 5000 else 2
@@ -138,4 +142,23 @@ def write_sparse(folder: Path, config: dict[str, Any], tensors: list[tuple[str, 
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def write_holes(plan: Plan, folder: Path) -> Path:
+    """Write a planned folder of which only the bytes that the plan itself holds are real."""
+    for name, size in plan.files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+        os.truncate(folder / name, size)
+    files: dict[str, int] = {}
+    for unit in plan.units:
+        if unit.path not in files:
+            files[unit.path] = os.open(folder / unit.path, os.O_WRONLY)
+        for part in unit.parts:
+            if part.literal:
+                os.pwrite(files[unit.path], part.literal, unit.start + part.at)
+    for descriptor in files.values():
+        os.close(descriptor)
+    plan.finish(folder)
     return folder
