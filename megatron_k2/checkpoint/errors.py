@@ -11,6 +11,10 @@ class CorruptSourceError(ConversionRefused):
     """A file of the source is not what its header or its checksum says."""
 
 
+class ConversionInterrupted(RuntimeError):
+    """A worker died; what is done is kept, and the same command goes on."""
+
+
 def refuse(problems: list[str], what: str, limit: int = 10) -> None:
     """Raise for a list of problems, one line each, the first ``limit`` in full.
 

@@ -83,8 +83,7 @@ def plan_to_hf(source: MegatronSource, request: Request) -> Plan:
         units += join_parts(file, [literal(0, data)])
     check_units(units, files)
     options = {"direction": "to-hf", "weights": request.weights}
-    sources = {chunk.path for tensor, _ in source.places.values() for chunk in tensor.chunks}
-    return Plan(tuple(units), files, tuple(sorted(sources)), options)
+    return Plan(tuple(units), files, options)
 
 
 class _Maker:

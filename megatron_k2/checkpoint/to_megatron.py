@@ -83,7 +83,6 @@ def plan_to_megatron(source: HFSource, dtype: str = "source") -> Plan:
     return Plan(
         units=tuple(units),
         files=files,
-        sources=tuple(header.path for header in source.folder.headers),
         options={"direction": "to-megatron", "dtype": dtype},
         finish=finish,
     )

@@ -51,8 +51,9 @@ def _compare(plan: Plan, target: Path, progress: bool) -> Iterator[str]:
             if unit.path not in files:
                 files[unit.path] = File(path)
             found = files[unit.path].read(unit.start, unit.num_bytes, buffer)
-            if found != expected:
-                yield f"{path}: {_first_difference(unit, expected, found)}"
+            difference = _first_difference(unit, expected, found)
+            if difference:
+                yield f"{path}: {difference}"
             bar.update(unit.num_bytes)
     finally:
         bar.close()
@@ -62,8 +63,14 @@ def _compare(plan: Plan, target: Path, progress: bool) -> Iterator[str]:
 
 
 def _first_difference(unit: Unit, expected: memoryview, found: memoryview) -> str:
+    """Return where two equally long stretches differ, '' if nowhere.
+
+    NumPy compares 2 GB/s; two memoryviews, which go item by item, 0.3 GB/s.
+    """
     differs = np.frombuffer(expected, np.uint8) != np.frombuffer(found, np.uint8)
+    if not differs.any():
+        return ""
     at = int(differs.argmax())
     names = [part.name for part in unit.parts if part.at <= at < part.at + part.num_bytes]
-    name = next(filter(None, names), "the frame of a tensor")
+    name = next(filter(None, names), "no tensor's data")
     return f"byte {unit.start + at} ({name}) is not what the source gives"

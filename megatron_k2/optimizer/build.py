@@ -7,7 +7,6 @@ Groups of parameters, buffers and process groups come from upstream's own functi
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -19,7 +18,7 @@ from megatron.core.optimizer.grad_scaler import ConstantGradScaler, DynamicGradS
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.utils import get_model_config, log_single_rank
+from megatron.core.utils import get_model_config
 
 from megatron_k2.max_logit import (
     bind_max_logit_buffer,
@@ -27,6 +26,7 @@ from megatron_k2.max_logit import (
     recording_attentions,
 )
 from megatron_k2.optimizer import telemetry
+from megatron_k2.optimizer.checks import Chunks, refuse_unsupported
 from megatron_k2.optimizer.config import MuonClipConfig
 from megatron_k2.optimizer.directions import UpdateRule
 from megatron_k2.optimizer.distributed import MuonClipInstance, MuonClipOptimizer, attach
@@ -39,7 +39,7 @@ from megatron_k2.optimizer.layout import (
     plan_stage,
     stage_of,
 )
-from megatron_k2.optimizer.matrices import Rule, assign, assignment_table, model_rules
+from megatron_k2.optimizer.matrices import Rule, assign, declared_matrices, model_rules
 from megatron_k2.optimizer.muonclip import MuonClip
 from megatron_k2.optimizer.qk_clip import (
     ClippedRows,
@@ -48,10 +48,8 @@ from megatron_k2.optimizer.qk_clip import (
     key_value_row_factors,
     query_row_factors,
 )
+from megatron_k2.optimizer.table import announce
 from megatron_k2.parallel import k2_groups
-
-logger = logging.getLogger(__name__)
-Chunks = Sequence[torch.nn.Module]
 
 
 def get_muonclip_optimizer(
@@ -64,24 +62,28 @@ def get_muonclip_optimizer(
     """Return MuonClip for model chunks wrapped in DDP with the distributed optimizer.
 
     Args:
-        config: what to build; upstream's class gets K2's defaults for the rest.
+        config: what to build; of upstream's class see ``MuonClipConfig.from_upstream``.
         model_chunks: of this pipeline stage.
         config_overrides: per parameter, upstream's; None for its standard ones.
         use_gloo_process_groups: as upstream.
         pg_collection: groups; None for parallel_state's.
 
     Raises:
-        ValueError: a setting that MuonClip does not support, or a parameter that no rule names.
+        ValueError: a setting that MuonClip does not support, a parameter that no rule names, or
+            attention whose logits the clip cannot see.
 
     Collective: every rank must call.
     """
     if not isinstance(config, MuonClipConfig):
-        config = MuonClipConfig.from_args(config, None)
+        config = MuonClipConfig.from_upstream(config)
+    rule = config.update_rule()  # imports a module of the user's, which may declare matrices
     refuse_unsupported(config, model_chunks)
     model_config = get_model_config(model_chunks[0])
-    rules = model_rules(model_config, config.k2_muon_split)
+    rules = (
+        *declared_matrices(),
+        *model_rules(model_config, config.k2_muon_split, config.muon_split_qkv),
+    )
     names = names_of(model_chunks)
-    rule = config.update_rule()
     overrides = _overrides(config, config_overrides, rules)
     groups = ProcessGroupCollection.setup_process_groups_for_optimizer(
         pg_collection, list(model_chunks), use_gloo_process_groups
@@ -96,39 +98,13 @@ def get_muonclip_optimizer(
         one.tp_group, one.expert_tp_group = pgs.tp, pgs.expt_tp
     present = [one for one in instances if not one.is_stub_optimizer]
     _plan(config, present, names, rules, rule, pgs, model_chunks)
-    if torch.distributed.get_rank() == 0:
-        assignments = [assign(name, p.shape, rules) for p, name in names.items()]
-        table = assignment_table(assignments)
-        log_single_rank(logger, logging.INFO, f"MuonClip, this rank's parameters:\n{table}")
+    announce(config, names, rules, pgs)
     optimizer = MuonClipOptimizer(present)
     optimizer.layer_numbers = tuple(
         number for chunk in model_chunks for number in recorded_layers(chunk)
     )
     telemetry.live = weakref.ref(optimizer)
     return optimizer
-
-
-def refuse_unsupported(config: MuonClipConfig, model_chunks: Chunks) -> None:
-    """Raise ValueError for settings under which MuonClip would not do what they say."""
-    ddp = getattr(model_chunks[0], "ddp_config", None)
-    refused = {
-        "a model without --use-distributed-optimizer":
-            ddp is None or not ddp.use_distributed_optimizer,
-        "--use-megatron-fsdp": ddp is not None and ddp.use_megatron_fsdp,
-        "--num-distributed-optimizer-instances above 1": ddp is not None
-        and ddp.num_distributed_optimizer_instances > 1,
-        "--use-precision-aware-optimizer": config.use_precision_aware_optimizer,
-        "--optimizer-cpu-offload (MuonClip has --k2-optimizer-offload)":
-            config.optimizer_cpu_offload,
-        "--overlap-param-gather-with-optimizer-step":
-            config.overlap_param_gather_with_optimizer_step,
-        "--k2-optimizer-offload all without --bf16 (fp32 weights are their own shards)":
-            config.k2_optimizer_offload == "all" and not config.bf16,
-        "--muon-scalar-optimizer other than adam": config.muon_scalar_optimizer != "adam",
-    }  # fmt: skip
-    for what, found in refused.items():
-        if found:
-            raise ValueError(f"--optimizer muonclip does not support {what}")
 
 
 def _overrides(
@@ -299,10 +275,6 @@ def _clip(
 ) -> QKClip | None:
     """Return QK-Clip over this rank's layers, or None for a stage without attention."""
     model_config = get_model_config(model_chunks[0])
-    if not getattr(model_config, "k2_max_attention_logit", False):
-        raise ValueError("--k2-qk-clip needs the record of --k2-max-attention-logit")
-    if not 0 < config.qk_clip_alpha < 1:
-        raise ValueError(f"--qk-clip-alpha {config.qk_clip_alpha} must lie between 0 and 1")
     owned = {id(p): (shard, start) for p, shard, start in instance.parameter_shards()}
     rows, layer, recording = [], 0, []
     for chunk in model_chunks:
@@ -313,7 +285,8 @@ def _clip(
             for weight, factors in _clipped_weights(attention, model_config, config.qk_clip_alpha):
                 if id(weight) in owned:
                     shard, start = owned[id(weight)]
-                    rows.append(ClippedRows(layer, shard, start, weight.shape[1], factors))
+                    columns = weight.shape[1:].numel()  # 1 for a bias
+                    rows.append(ClippedRows(layer, shard, start, columns, factors))
             layer += 1
     if not recording:
         return None
@@ -331,7 +304,8 @@ def _clipped_weights(attention: Any, config: Any, alpha: float) -> list[tuple[An
         factors = partial(
             fused_row_factors, num_query_groups=groups, kv_channels=config.kv_channels, alpha=alpha
         )
-        return [(attention.linear_qkv.weight, factors)]
+        fused = attention.linear_qkv
+        return [(one, factors) for one in (fused.weight, fused.bias) if one is not None]
     query = attention.linear_q_proj if config.q_lora_rank is None else attention.linear_q_up_proj
     content, rotary, value = config.qk_head_dim, config.qk_pos_emb_head_dim, config.v_head_dim
     return [

@@ -18,6 +18,7 @@ from megatron_k2.optimizer.coefficients import coefficient_schedule
 from megatron_k2.optimizer.directions import BATCH_BYTES, Orthogonaliser, UpdateRule
 from megatron_k2.optimizer.matrices import Split
 from megatron_k2.optimizer.muonclip import Offload
+from megatron_k2.optimizer.newton_schulz import load_backend
 from megatron_k2.optimizer.rules import load_rule, register_rule
 
 WORKSPACE_BYTES = 4 << 30
@@ -72,6 +73,20 @@ class MuonClipConfig(OptimizerConfig):
                 values[one.name] = getattr(args, one.name)
         return cls(**{**values, "optimizer": NAME})
 
+    @classmethod
+    def from_upstream(cls, config: OptimizerConfig) -> MuonClipConfig:
+        """Return upstream's configuration with Kimi K2's values where it has upstream's Muon's.
+
+        A ``muon_*`` field that still has its upstream default (quintic coefficients, scale 1.0, no
+        Nesterov: another recipe) takes K2's, as on the command line; every other field, weight
+        decay and betas among them, stays. To have upstream's, say so in a ``MuonClipConfig``.
+        """
+        values = {one.name: getattr(config, one.name) for one in fields(OptimizerConfig)}
+        for one in fields(OptimizerConfig):
+            if one.name.startswith("muon_") and values[one.name] == one.default:
+                values[one.name] = getattr(cls, one.name)
+        return cls(**{**values, "optimizer": NAME})
+
     @property
     def compute_dtype(self) -> torch.dtype:
         """Of Newton-Schulz products; upstream's ``high`` and ``highest`` are fp32."""
@@ -105,7 +120,8 @@ class MuonClipConfig(OptimizerConfig):
         """Return the update rule.
 
         Raises:
-            ValueError: an unknown rule, coefficient set or scale mode.
+            ValueError: an unknown rule, coefficient set, scale mode or backend, or a scale that
+                is not positive.
         """
         return load_rule(self.k2_muon_rule)(self)
 
@@ -116,6 +132,11 @@ def muon_rule(config: MuonClipConfig) -> UpdateRule:
     modes = ("spectral", "unit_rms_norm", "shape_scaling")
     if config.muon_scale_mode not in modes:
         raise ValueError(f"--muon-scale-mode {config.muon_scale_mode!r} is not one of {modes}")
+    if not config.muon_extra_scale_factor > 0:
+        raise ValueError(
+            f"--muon-extra-scale-factor {config.muon_extra_scale_factor} must be above 0"
+        )
+    load_backend(config.k2_muon_backend)
     return Orthogonaliser(
         coefficients=coefficient_schedule(config.muon_coefficient_type, config.muon_num_ns_steps),
         compute_dtype=config.compute_dtype,

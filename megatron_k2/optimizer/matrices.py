@@ -6,6 +6,7 @@ MLA up-projections. Muon's update depends on what is taken for one matrix, so it
 by name pattern, once. Kimi K2 (arXiv 2507.20534) and Moonlight (arXiv 2502.16982) orthogonalise
 each projection whole and give embedding, head and norms to AdamW; ``split`` can also cut the
 up-projections by part or by head. A parameter of two or more axes that no rule names is refused.
+A model's own layers are declared by ``declare_matrices``.
 No Megatron import; shapes are those of the tensor given, whole or one tensor-parallel rank's.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from math import gcd
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -110,6 +112,7 @@ def kimi_rules(
         key_value = Cut((qk_head_dim, v_head_dim), by=split)
     return (
         Rule("*embedding.word_embeddings.weight", "adamw", why="embedding"),
+        Rule("*embedding.position_embeddings.weight", "adamw", why="learned positions"),
         Rule("*output_layer.weight", "adamw", why="output layer"),
         Rule("*norm.weight", "adamw", why="norm gain"),
         Rule("*.layer_norm_weight", "adamw", why="norm gain, fused into a linear"),
@@ -127,26 +130,56 @@ def kimi_rules(
     )
 
 
-def model_rules(config: Any, split: Split = "whole") -> tuple[Rule, ...]:
+def model_rules(config: Any, split: Split = "whole", split_qkv: bool = True) -> tuple[Rule, ...]:
     """Return the rules of a Megatron model with latent or grouped-query attention.
 
     Args:
         config: its ``TransformerConfig``.
-        split: as in ``kimi_rules``; of ``linear_qkv``, query, key and value are always apart
-            (upstream's ``--muon-split-qkv``), under ``head`` each head.
+        split: as in ``kimi_rules``; under ``head`` also each head of ``linear_qkv`` is apart.
+        split_qkv: of ``linear_qkv``, query, key and value are three matrices; False
+            (``--muon-no-split-qkv``) for one.
 
     Raises:
         ValueError: unknown ``split``.
     """
     if config.multi_latent_attention:
-        return kimi_rules(config.qk_head_dim, config.qk_pos_emb_head_dim, config.v_head_dim, split)
+        rules = kimi_rules(config.qk_head_dim, config.qk_pos_emb_head_dim, config.v_head_dim, split)
+        if config.q_lora_rank is None:
+            return rules
+        # --mla-down-proj-fusion stores both down-projections in one tensor; under tensor
+        # parallelism each rank has its share of the one and then of the other.
+        latents = (config.q_lora_rank, config.kv_lora_rank + config.qk_pos_emb_head_dim)
+        unit = gcd(*latents)
+        cut = Cut(tuple(one // unit for one in latents), groups=1)
+        why = "query latent and key-value latent, apart"
+        return (Rule("*.linear_qkv_down_proj.weight", "muon", cut, why), *rules)
     width = config.kv_channels
     heads = config.num_attention_heads // config.num_query_groups
-    qkv = Cut((heads * width, width, width))
-    if split == "head":
-        qkv = Cut((width,) * (heads + 2), by="head")
-    rule = Rule("*.linear_qkv.weight", "muon", qkv, "query, key and value apart")
+    qkv: Cut | None = Cut((heads * width, width, width))
+    why = "query, key and value apart"
+    if not split_qkv:
+        qkv, why = None, "query, key and value as one"
+    elif split == "head":
+        qkv, why = Cut((width,) * (heads + 2), by="head"), "each query, key and value head apart"
+    rule = Rule("*.linear_qkv.weight", "muon", qkv, why)
     return (rule, *kimi_rules(width, 0, width, split))
+
+
+_DECLARED: list[Rule] = []
+
+
+def declare_matrices(*rules: Rule) -> None:
+    """Say what parameters of your own layers are; such rules come before the model's.
+
+    Example: ``declare_matrices(Rule("*.my_gate.weight", "muon", why="gate of mine"))`` in
+    ``my_layers.py``, and ``--k2-muon-rule my_layers:muon``.
+    """
+    _DECLARED.extend(rule for rule in rules if rule not in _DECLARED)
+
+
+def declared_matrices() -> tuple[Rule, ...]:
+    """Return what ``declare_matrices`` was told, in order."""
+    return tuple(_DECLARED)
 
 
 def assign(name: str, shape: Sequence[int], rules: Iterable[Rule]) -> Assignment:
@@ -167,8 +200,9 @@ def assign(name: str, shape: Sequence[int], rules: Iterable[Rule]) -> Assignment
     else:
         if len(shape) > 1:
             raise ValueError(
-                f"no rule says what {name} {list(shape)} is: name it for muon or adamw in the "
-                "optimizer's rules"
+                f"no rule says what {name} {list(shape)} is: name it for muon or adamw by "
+                "declare_matrices (megatron_k2/optimizer/matrices.py), in a module that "
+                "--k2-muon-rule MODULE:muon imports"
             )
         rule = Rule(name, "adamw", why="a vector")
     if rule.algorithm == "adamw":
@@ -242,12 +276,12 @@ def add_matrices_(
 
 
 def assignment_table(assignments: Iterable[Assignment]) -> str:
-    """Return a table for people: parameters of the same kind counted together."""
+    """Return a table for people: parameters of the same kind counted together, shapes as given."""
     kinds: dict[tuple[str, str, str], list[Assignment]] = {}
     for one in assignments:
         kinds.setdefault((one.rule.algorithm, one.rule.why, str(list(one.shape))), []).append(one)
     lines = []
     for (algorithm, why, shape), members in kinds.items():
         cut = " + ".join(f"{n} of {r} x {c}" for n, r, c in members[0].matrices)
-        lines.append(f"  {algorithm:6}{len(members):5} x {shape:22}{why:44}{cut}")
+        lines.append(f"  {algorithm:6}{len(members):5} x {shape:22}{why:44}{cut}".rstrip())
     return "\n".join(lines)

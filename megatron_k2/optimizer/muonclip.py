@@ -74,6 +74,8 @@ class MuonClip(torch.optim.Optimizer):
             ("lr", lr, lr >= 0),
             ("momentum", momentum, 0 <= momentum < 1),
             ("weight_decay", weight_decay, weight_decay >= 0),
+            ("betas", betas, all(0 <= beta < 1 for beta in betas)),
+            ("eps", eps, eps > 0),  # at 0 an embedding's row that no token met is 0 / 0
         ):
             if not allowed:
                 raise ValueError(f"MuonClip: {name} {value} is out of range")

@@ -35,11 +35,14 @@ def unit_norm(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """Scale matrices [..., rows, columns] to Frobenius norm 1 and round to ``dtype``.
 
     Free of scale: the norm is summed in fp64, where squares of entries of 1e-30 do not vanish and
-    those of 1e30 do not overflow. A zero matrix stays zero.
+    those of 1e30 do not overflow. A zero matrix stays zero, and so does what is left of a momentum
+    after some 1,600 steps without a gradient (an expert that gets no tokens): below the smallest
+    normal number, 1e-38, it has lost its digits, and its norm has no finite inverse.
     """
     wide = torch.promote_types(matrices.dtype, torch.float32)
     norm = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True, dtype=torch.float64)
-    inverse = torch.where(norm > 0, norm, 1.0).reciprocal_().to(wide)
+    gone = norm < torch.finfo(wide).tiny
+    inverse = norm.reciprocal_().masked_fill_(gone, 0.0).to(wide)
     return (matrices * inverse).to(dtype)
 
 
@@ -60,7 +63,7 @@ def newton_schulz(
         backend: whose symmetric products, see ``load_backend``; ``symmetric`` only.
 
     Returns:
-        [batch, rows, columns] in ``compute_dtype``; zero for a zero matrix.
+        [batch, rows, columns] in ``compute_dtype``; zero for a zero matrix (``unit_norm``).
 
     Raises:
         ValueError: not a batch of matrices, an unknown method, or ``gram`` where its rounding

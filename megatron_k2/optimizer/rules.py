@@ -51,15 +51,26 @@ def load_rule(name: str) -> RuleFactory:
     """Return the rule of a name, ``name`` or ``module:name``.
 
     Raises:
-        ValueError: unknown name.
-        ImportError: the module cannot be imported.
+        ValueError: unknown name, or there is no such module.
     """
     module, _, plain = name.rpartition(":")
     if module:
-        importlib.import_module(module)
+        _import(module)
     if plain not in _RULES:
         known = ", ".join(sorted(_RULES))
         raise ValueError(
             f"--k2-muon-rule {name!r} is not one of {known}; give MODULE:NAME for one of your own"
         )
     return _RULES[plain]
+
+
+def _import(module: str) -> None:
+    """Import a user's module; errors inside it keep their own traceback."""
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise
+        raise ValueError(
+            f"--k2-muon-rule: there is no module {error.name!r}; is its folder in PYTHONPATH?"
+        ) from error

@@ -30,7 +30,7 @@ from pathlib import Path
 
 from megatron_k2.checkpoint import conversions, intact
 from megatron_k2.checkpoint.conversions import Options
-from megatron_k2.checkpoint.errors import ConversionRefused
+from megatron_k2.checkpoint.errors import ConversionInterrupted, ConversionRefused
 from megatron_k2.checkpoint.stream.run import Plan, available_bytes
 from megatron_k2.checkpoint.to_hf import WEIGHTS
 from megatron_k2.checkpoint.torch_dist import folder as dist_folder
@@ -111,6 +111,9 @@ def main(argv: list[str] | None = None) -> int:
     except ConversionRefused as error:
         print(f"convert_checkpoint.py: {error}", file=sys.stderr)
         return 2
+    except (ConversionInterrupted, OSError) as error:  # a full disk, say
+        print(f"convert_checkpoint.py: {error}", file=sys.stderr)
+        return 1
 
 
 def _options(arguments: argparse.Namespace) -> Options:

@@ -19,6 +19,9 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from megatron_k2 import parallel
 from megatron_k2.checkpoint.hf.arguments import arguments_from_config
+from megatron_k2.checkpoint.hf.source import open_source
+from megatron_k2.checkpoint.load_hf import load_
+from megatron_k2.checkpoint.tensors import TensorReader
 from megatron_k2.model.config import config_from_arguments
 from megatron_k2.model.specs import _is_moe, get_k2_decoder_block_spec, get_k2_layer_specs
 from tests.distributed.training_job import initialize
@@ -97,6 +100,24 @@ def load(
         chunk.load_state_dict(loaded[f"model{index}"], strict=True)
     if save:
         _save(chunks, config, save, metadata | {"singleton_local_shards": one_by_one})
+    return _pieces(chunks, metadata)
+
+
+def load_hf(config: dict[str, Any], layout: dict[str, Any], folder: str) -> list[Piece]:
+    """Fill a model of this layout as ``--k2-load-hf`` does; return its pieces as ``load``."""
+    chunks = build(config, layout)
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            parameter.data.fill_(float("nan"))
+    reader = TensorReader(open_source(folder))
+    num_bytes = sum(load_(chunk, reader) for chunk in chunks)
+    reader.close()
+    assert num_bytes >= sum(p.nbytes for chunk in chunks for p in chunk.parameters())
+    metadata = {"singleton_local_shards": False, "dp_cp_group": parallel.get_pg_collection().dp_cp}
+    return _pieces(chunks, metadata)
+
+
+def _pieces(chunks: list[Any], metadata: dict[str, Any]) -> list[Piece]:
     again = {
         f"model{index}": chunk.sharded_state_dict(metadata=metadata)
         for index, chunk in enumerate(chunks)

@@ -24,26 +24,25 @@ from megatron.core.distributed import DistributedDataParallelConfig, finalize_mo
 from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from megatron.core.utils import unwrap_model
-from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+from megatron.core.utils import get_model_config, unwrap_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_k2 import parallel
 from megatron_k2.max_logit import (
     bind_max_logit_buffer,
+    recorded_layers,
     recording_attentions,
     reset_max_logits,
 )
-from megatron_k2.model.specs import get_k2_decoder_block_spec
-from megatron_k2.optimizer import build as builder
+from megatron_k2.optimizer import build as muonclip_build
 from megatron_k2.optimizer.config import MuonClipConfig
 from megatron_k2.optimizer.layout import stage_of
 from megatron_k2.optimizer.state import OptimizerState, _tensors
 from megatron_k2.optimizer.telemetry import Telemetry
-from megatron_k2.presets import load_preset
 from tests.distributed.matrix import NUM_SEQUENCES
-from tests.distributed.training_job import Routing, _one_step, initialize, preset_config
+from tests.distributed.muonclip_models import builder_of
+from tests.distributed.training_job import Routing, _one_step, initialize
 from tests.distributed.training_job import Run as TrainingRun
 from tests.distributed.watchers import Allocations, Collectives, Counted, HostReads
 
@@ -67,6 +66,8 @@ class Run:
     clip: bool = True
     zero_logits: bool = False
     """Leave the record empty, as after a step that saw no token."""
+    model: str = "k2"
+    """As ``muonclip_models.builder_of`` names it."""
 
 
 def whole_tensor(key: str, shape: tuple[int, ...], what: int) -> torch.Tensor:
@@ -98,23 +99,16 @@ def build(run: Run, groups: Any, *, gloo: bool = True) -> tuple[list[Any], Any]:
     dtype = torch.bfloat16 if run.bf16 else torch.float32
     pipeline = run.layout.get("pipeline_model_parallel_size", 1)
     virtual = run.layout.get("virtual_pipeline_model_parallel_size")
-    config = preset_config(
-        "k2-micro", bf16=run.bf16, params_dtype=dtype, pipeline_dtype=dtype,
+    builder = builder_of(
+        run.model, bf16=run.bf16, params_dtype=dtype, pipeline_dtype=dtype,
         overlap_p2p_comm=pipeline > 1 and virtual is not None, batch_p2p_comm=virtual is None,
-        moe_enable_routing_replay=True, **run.layout,
+        **run.layout,
     )  # fmt: skip
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=True, bucket_size=run.bucket_size,
         overlap_grad_reduce=run.bucket_size is not None,
     )  # fmt: skip
-    model_config = GPTModelConfig(
-        transformer=config, transformer_layer_spec=get_k2_decoder_block_spec,
-        vocab_size=int(load_preset("k2-micro").value("vocab_size")),  # type: ignore[call-overload]
-        seq_length=64, position_embedding_type="rope",
-    )  # fmt: skip
-    model = GPTModelBuilder(model_config).build_distributed_models(
-        groups, ddp, data_parallel_random_init=False
-    )
+    model = builder.build_distributed_models(groups, ddp, data_parallel_random_init=False)
     fields = dict(
         lr=0.02, clip_grad=1.0, bf16=run.bf16, params_dtype=dtype, qk_clip_threshold=THRESHOLD,
         muon_fp32_matmul_prec="high", k2_qk_clip=run.clip,
@@ -122,6 +116,7 @@ def build(run: Run, groups: Any, *, gloo: bool = True) -> tuple[list[Any], Any]:
     optimizer = get_megatron_optimizer(
         MuonClipConfig(**fields), model, use_gloo_process_groups=gloo
     )
+    config = get_model_config(model[0])
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = optimizer.scale_loss
     return model, optimizer
@@ -140,8 +135,8 @@ def fill_logits(model: list[Any], groups: Any, step: int) -> None:
     heads = groups.tp.size()
     for chunk in model:
         buffer = bind_max_logit_buffer(chunk)
-        for row, attention in zip(buffer, recording_attentions(chunk), strict=True):
-            whole = whole_tensor(f"logits{attention.layer_number}", (len(row) * heads,), step)
+        for row, number in zip(buffer, recorded_layers(chunk), strict=True):
+            whole = whole_tensor(f"logits{number}", (len(row) * heads,), step)
             whole = 5e4 * whole + 20
             mine = whole.chunk(heads)[groups.tp.rank()]
             owner = (torch.arange(len(row)) + step) % groups.dp_cp.size()
@@ -266,10 +261,8 @@ def frozen_batch(run: dict[str, Any], heat: float) -> dict[str, Any]:
     attentions = [one for chunk in model for one in recording_attentions(chunk)]
     with torch.no_grad():
         for index, attention in enumerate(attentions):
-            rows = attention.linear_q_up_proj.weight.unflatten(
-                0, (attention.num_attention_heads_per_partition, -1)
-            )
-            rows[index % 2 :: 2] *= heat  # every other head
+            for rows in _heated(attention, index % 2):
+                rows *= heat
     optimizer.reload_model_params()
     inputs: dict[int, list[torch.Tensor]] = {id(one): [] for one in attentions}
 
@@ -298,17 +291,35 @@ def frozen_batch(run: dict[str, Any], heat: float) -> dict[str, Any]:
     for maxima, one, old in zip(before, attentions, weights, strict=True):
         for now, was in zip(_projections(one), old, strict=True):
             same = (now == was).flatten(1).all(1)
-            kept.append(bool(same[maxima <= THRESHOLD].all()))
+            cool = (maxima <= THRESHOLD).view(len(same), -1).all(1)  # a group of queries at once
+            kept.append(bool(cool.any() and same[cool].all()))
     return {"before": before.numpy(), "after": largest().numpy(), "cool_heads_kept": all(kept)}
 
 
+def _heated(attention: Any, first: int) -> Iterator[torch.Tensor]:
+    """Yield the query rows of every other head from ``first`` on (0 or 1).
+
+    Of grouped queries: of the first head of every other group.
+    """
+    if hasattr(attention, "linear_qkv"):
+        groups = attention.num_query_groups_per_partition
+        width = attention.hidden_size_per_attention_head
+        for one in (attention.linear_qkv.weight, attention.linear_qkv.bias):
+            yield one.unflatten(0, (groups, -1))[first::2, :width]
+    else:
+        heads = attention.num_attention_heads_per_partition
+        yield attention.linear_q_up_proj.weight.unflatten(0, (heads, -1))[first::2]
+
+
 def _projections(attention: Any) -> list[torch.Tensor]:
-    """Return copies of query and key-value up-projections [heads, rows, columns]."""
-    heads = attention.num_attention_heads_per_partition
-    return [
-        layer.weight.detach().clone().unflatten(0, (heads, -1))
-        for layer in (attention.linear_q_up_proj, attention.linear_kv_up_proj)
-    ]
+    """Return copies of what the clip scales, [heads or groups of queries, rows, columns]."""
+    if hasattr(attention, "linear_qkv"):
+        count = attention.num_query_groups_per_partition
+        scaled = [attention.linear_qkv.weight, attention.linear_qkv.bias]
+    else:
+        count = attention.num_attention_heads_per_partition
+        scaled = [attention.linear_q_up_proj.weight, attention.linear_kv_up_proj.weight]
+    return [one.detach().clone().unflatten(0, (count, -1)) for one in scaled]
 
 
 def fake_cuda_step(world_size: int, **fields: Any) -> dict[str, Any]:
@@ -324,7 +335,7 @@ def fake_cuda_step(world_size: int, **fields: Any) -> dict[str, Any]:
     model_parallel_cuda_manual_seed(1)
     # A fake world gathers nothing; these are the places that its ranks would have.
     stage = stage_of([(d, 0, d, 0, 0, d) for d in range(world_size)], apart=False)
-    builder._stage = lambda pgs, apart: (stage, 0)
+    muonclip_build._stage = lambda pgs, apart: (stage, 0)
     _, optimizer = build(Run(layout={}, bf16=True, optimizer=fields), groups, gloo=False)
     (instance,) = optimizer.instances
     inner = instance.optimizer

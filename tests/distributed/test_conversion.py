@@ -19,6 +19,7 @@ from tests.distributed.pool import Pool
 from tests.unit.checkpoint.hf_models import BASE, FP8, quantised, tensors_of, write_folder
 
 LOAD = "tests.distributed.conversion_job:load"
+LOAD_HF = "tests.distributed.conversion_job:load_hf"
 MODEL = dict(num_hidden_layers=5, vocab_size=301, n_shared_experts=2)
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, layout()),
@@ -160,6 +161,22 @@ def test_every_layout_loads_the_released_tensors(
     world_size, sizes = LAYOUTS[name]
     job = dict(config=converted.config, layout=sizes, folder=str(converted.release))
     converted.check(pool.run(LOAD, world_size, kwargs=job))
+
+
+@pytest.mark.parametrize("name", ["one process", "tp2", "ep2", "vpp2", "tp2 pp2 ep2"])
+def test_a_folder_is_loaded_without_a_copy_under_a_layout(
+    pool: Pool, converted: Converted, name: str
+) -> None:
+    world_size, sizes = LAYOUTS[name]
+    job = dict(config=converted.config, layout=sizes, folder=str(converted.hugging_face))
+    converted.check(pool.run(LOAD_HF, world_size, kwargs=job))
+
+
+def test_a_folder_of_another_model_is_not_loaded(pool: Pool, converted: Converted) -> None:
+    wider = converted.config | {"moe_intermediate_size": 72}
+    job = dict(config=wider, layout=layout(), folder=str(converted.hugging_face))
+    with pytest.raises(Exception, match=r"linear_fc1.weight is \(8, 272, 160\) there, \(8, 144"):
+        pool.run(LOAD_HF, 1, kwargs=job)
 
 
 @pytest.mark.parametrize("one_by_one", [False, True], ids=["stacked", "one by one"])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.distributed.matrix import layout_of as layout
-from tests.distributed.pool import Pool
+from tests.distributed.pool import JobFailed, Pool
 
 STEPS = "tests.distributed.muonclip_job:steps"
 FAKE_CUDA = "tests.distributed.muonclip_job:fake_cuda_step"
@@ -31,6 +31,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2": (2, layout(pp=2)),
     "tp2-dp2": (4, layout(tp=2)),
     "tp2-ep2-etp1-dp2": (4, layout(tp=2, ep=2, etp=1)),
+    # Expert tensor parallelism is as wide as tensor parallelism where none is given (tp2-dp2).
+    "tp2-ep2-etp2": (4, layout(tp=2, ep=2, etp=2)),
+    "tp2-etp4-dp2": (4, layout(tp=2, etp=4)),
     "tp2-pp2-ep2": (8, layout(tp=2, pp=2, ep=2, etp=1)),
     "vpp2-ep2": (4, layout(pp=2, ep=2, virtual_pipeline_model_parallel_size=2)),
 }
@@ -85,6 +88,7 @@ def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
 # Matrices of k2-micro, counted by hand: 4 layers of (query down, query up, key-value down,
 # key-value up, output); layer 0's gate, up, down; 3 MoE layers of router, shared and 8 experts.
 NUM_MATRICES = 4 * 5 + 3 + 3 * (1 + 3 + 8 * 3)
+PREDICTION_MATRICES = 1 + 5 + (1 + 3 + 8 * 3)  # its projection, attention and experts
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -108,8 +112,9 @@ def test_twenty_steps_are_those_of_one_process_bit_for_bit(
         ("dp4", dict(bf16=True, optimizer=dict(muon_fp32_matmul_prec="medium"))),
         ("tp2-pp2-ep2", dict(bf16=True, optimizer=dict(k2_muon_wire="bf16"))),
         ("dp4", dict(optimizer=dict(k2_muon_momentum="bf16", muon_coefficient_type="quintic"))),
+        ("tp2-dp2", dict(model="grouped")),
     ],
-    ids=["part", "head", "buckets", "small waves", "bf16", "bf16 wire", "bf16 momentum"],
+    ids=["part", "head", "buckets", "small waves", "bf16", "bf16 wire", "bf16 momentum", "grouped"],
 )
 def test_options_do_not_depend_on_the_layout_either(
     pool: Pool, one: dict[str, np.ndarray], name: str, options: dict[str, Any]
@@ -180,17 +185,48 @@ def test_the_clip_acts_and_only_on_query_and_key_projections(
     assert not any("momentum" in key for key in changed), "gradients were given"
 
 
+@pytest.mark.parametrize("name", ["pp2", "tp2-ep2-etp2"])
+def test_prediction_layers_do_not_depend_on_the_layout_and_their_heads_are_clipped(
+    pool: Pool, name: str
+) -> None:
+    job = dict(model="prediction", num_steps=2)
+    ranks = ranks_of(pool, name, **job)
+    found, alone = merged(ranks), run(pool, "one", **job)
+    assert_same(found, alone)
+    assert sum(rank["matrices"] for rank in ranks) == 2 * (NUM_MATRICES + PREDICTION_MATRICES)
+    unclipped = run(pool, name, clip=False, **job)
+    changed = {key for key in found if not np.array_equal(found[key], unclipped[key])}
+    attention = "optimizer.state.param.mtp.layers.0.transformer_layer.self_attention."
+    clipped = {f"{attention}linear_{one}_up_proj.weight" for one in ("q", "kv")}
+    assert {key for key in changed if key.startswith("optimizer.state.param.mtp.")} == clipped
+
+
+def test_attention_that_keeps_no_record_is_refused_not_left_unclipped(pool: Pool) -> None:
+    refusal = r"--k2-qk-clip needs the record .* decoder\.layers\.0\.self_attention\.core_attention"
+    with pytest.raises(JobFailed, match=rf"{refusal} \(DotProductAttention\) keeps none"):
+        ranks_of(pool, "one", model="stock grouped", num_steps=1)
+
+
 @pytest.mark.parametrize(
-    ("name", "bf16", "tolerance"),
-    [("one", False, 1e-5), ("tp2-dp2", False, 1e-5), ("one", True, 2**-7), ("ep2", True, 2**-7)],
+    ("name", "model", "bf16", "tolerance"),
+    [
+        ("one", "k2", False, 1e-5),
+        ("tp2-dp2", "k2", False, 1e-5),
+        ("one", "k2", True, 2**-7),
+        ("ep2", "k2", True, 2**-7),
+        ("one", "prediction", False, 1e-5),
+        ("tp2-dp2", "grouped", False, 1e-5),
+        ("one", "grouped", True, 2**-7),
+    ],
 )
 def test_after_a_step_at_rate_0_no_head_of_the_batch_exceeds_the_threshold(
-    pool: Pool, name: str, bf16: bool, tolerance: float
+    pool: Pool, name: str, model: str, bf16: bool, tolerance: float
 ) -> None:
     world_size, sizes = LAYOUTS[name] if name != "one" else (1, layout())
-    job = dict(layout=sizes, bf16=bf16, optimizer=dict(lr=0.0))
+    job = dict(layout=sizes, model=model, bf16=bf16, optimizer=dict(lr=0.0))
     for rank in pool.run(FROZEN, world_size, kwargs=dict(run=job, heat=4000.0)):
         before, after = rank["before"], rank["after"]
+        assert len(before) == {"k2": 4, "prediction": 5, "grouped": 2}[model]
         hot = before > THRESHOLD
         assert hot.any() and not hot.all(), before
         assert rank["cool_heads_kept"]

@@ -109,6 +109,12 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
         raise ConversionRefused(
             f"config.json: first_k_dense_replace {num_dense} of num_hidden_layers {num_layers}"
         )
+    heads = number("num_attention_heads")
+    if config.get("num_key_value_heads") not in (None, heads):
+        raise ConversionRefused(
+            f"config.json: num_key_value_heads {config['num_key_value_heads']!r} is not "
+            f"num_attention_heads {heads}; latent attention has one of each"
+        )
     mtp = config.get("num_nextn_predict_layers")
     return ModelShape(
         num_layers=num_layers,
@@ -118,7 +124,7 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
         ffn_hidden_size=number("intermediate_size"),
         moe_ffn_hidden_size=moe_width,
         moe_shared_expert_intermediate_size=number("n_shared_experts", 0) * moe_width,
-        num_attention_heads=number("num_attention_heads"),
+        num_attention_heads=heads,
         q_lora_rank=None if config.get("q_lora_rank") is None else number("q_lora_rank"),
         kv_lora_rank=number("kv_lora_rank"),
         qk_head_dim=number("qk_nope_head_dim"),

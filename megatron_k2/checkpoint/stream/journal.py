@@ -46,13 +46,8 @@ class Journal:
         self.done[unit] = crc32
 
     def close(self) -> None:
-        """Flush and close."""
+        """Close it, and let another process have the folder."""
         self._stream.close()
-
-    def remove(self) -> None:
-        """Close it and remove the file: the conversion is whole."""
-        self.close()
-        self.path.unlink()
 
     def _lock(self) -> None:
         """Take the folder for this process; where the file system has no locks, go without."""

@@ -19,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 from zlib_ng.zlib_ng import crc32_combine
 
-from megatron_k2.checkpoint.errors import ConversionRefused
+from megatron_k2.checkpoint.errors import ConversionInterrupted, ConversionRefused
 from megatron_k2.checkpoint.intact import FileRecord, write_manifest
 from megatron_k2.checkpoint.stream.crew import start
 from megatron_k2.checkpoint.stream.direct_io import create
@@ -34,17 +34,15 @@ class Plan:
 
     units: tuple[Unit, ...]
     files: dict[str, int]  # relative path to bytes
-    sources: tuple[Path, ...]  # every file that is read
     options: dict[str, Any]  # what was asked for, as JSON values
     finish: Callable[[Path], None] = lambda folder: None  # writes the small files
 
     def fingerprint(self) -> str:
         """Return a hash of all units, of the bytes that they hold, and of the sources' states."""
         digest = hashlib.sha256(repr(sorted(self.options.items())).encode())
-        read = {slab.path for slab in self._slabs()} | {str(path) for path in self.sources}
-        for path in sorted(map(Path, read)):
-            stat = path.stat()
-            digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        for path in sorted({slab.path for slab in self._slabs()}):
+            stat = os.stat(path)
+            digest.update(f"{os.path.basename(path)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
         for unit in self.units:
             digest.update(f"{unit.path} {unit.start} {unit.num_bytes}\n".encode())
             for part in unit.parts:
@@ -79,21 +77,35 @@ def run(plan: Plan, target: Path, workers: int, progress: bool = True) -> None:
     Raises:
         ConversionRefused: the target exists, or is being written by another process.
         CorruptSourceError: an input is not what its header says.
-        RuntimeError: a worker died.
+        ConversionInterrupted: a worker died.
     """
     if target.exists():
         raise ConversionRefused(f"{target}: is there already; remove it, or give another")
     partial = partial_folder(target)
     partial.mkdir(parents=True, exist_ok=True)
     journal = Journal(partial, plan.fingerprint())
-    for name, num_bytes in plan.files.items():
-        create(partial / name, num_bytes)
+    try:
+        _write(plan, partial, journal, workers, target.name if progress else "")
+        records = _records(plan, journal.done)
+        write_manifest(partial, records, (journal.path.name,), plan.options)
+        _sync_folders(partial)
+        journal.path.unlink()  # last: without it a second run would begin anew
+    finally:
+        journal.close()
+    os.rename(partial, target)
+    _sync(target.parent)
+
+
+def _write(plan: Plan, folder: Path, journal: Journal, workers: int, name: str) -> None:
+    """Write all units that the journal does not have; show a bar under a name."""
+    for path, num_bytes in plan.files.items():
+        create(folder / path, num_bytes)
     todo = [index for index in range(len(plan.units)) if index not in journal.done]
     total = sum(unit.num_bytes for unit in plan.units)
     left = sum(plan.units[index].num_bytes for index in todo)
     with tqdm(
         total=total, initial=total - left, unit="B", unit_scale=True, unit_divisor=1000,
-        desc=target.name, disable=None if progress else True,
+        desc=name, disable=None if name else True,
     ) as bar:  # fmt: skip
 
         def done(index: int, crc32: int) -> None:
@@ -101,16 +113,10 @@ def run(plan: Plan, target: Path, workers: int, progress: bool = True) -> None:
             bar.update(plan.units[index].num_bytes)
 
         if workers == 1:
-            _work_here(plan, partial, todo, done)
+            _work_here(plan, folder, todo, done)
         else:
-            _work_apart(plan, partial, todo, workers, done)
-    plan.finish(partial)
-    records = _records(plan, journal.done)
-    write_manifest(partial, records, (journal.path.name,), plan.options)
-    _sync_folders(partial)
-    journal.remove()  # last: without it a second run would begin anew
-    os.rename(partial, target)
-    _sync(target.parent)
+            _work_apart(plan, folder, todo, workers, done)
+    plan.finish(folder)
 
 
 def partial_folder(target: Path) -> Path:
@@ -159,7 +165,7 @@ def _work_apart(
 def _dismiss(process: subprocess.Popen) -> None:
     status = process.wait()
     if status:
-        raise RuntimeError(
+        raise ConversionInterrupted(
             f"a worker died (status {status}); what is done is kept, run the same command again"
         )
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -21,7 +21,7 @@ from megatron_k2.checkpoint.hf.safetensors_header import ITEM_BYTES
 from megatron_k2.checkpoint.names import Region, regions
 from megatron_k2.checkpoint.stream.kernels import cast
 from megatron_k2.checkpoint.stream.units import Matrix, Part, Slab, as_matrix, take_rows
-from megatron_k2.checkpoint.torch_dist.blobs import find_tensor
+from megatron_k2.checkpoint.torch_dist.blobs import find_tensor, make_frame
 from megatron_k2.checkpoint.torch_dist.folder import Chunk, GlobalTensor, TorchDistFolder
 
 _NO_WEIGHTS = ("optimizer.", "rng_state", "rerun_state", "chained_", "opt_param_scheduler")
@@ -37,7 +37,8 @@ class MegatronSource:
     places: Mapping[str, tuple[GlobalTensor, tuple[int, ...]]]  # by Hugging Face name
     regions: tuple[Region, ...] = field(repr=False)
     skipped_bytes: int = 0  # of optimizer state and the like
-    _starts: dict[Chunk, int] = field(default_factory=dict, repr=False)
+    _starts: dict[tuple[str, int], int] = field(default_factory=dict, repr=False)
+    _by_expert: dict[str, dict[int, list[Chunk]]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def _by_name(self) -> dict[str, Region]:
@@ -57,7 +58,7 @@ class MegatronSource:
         tensor, offset = self.places[region.name]
         rows, columns = as_matrix(region.shape)
         slabs, covered = [], 0
-        for chunk in tensor.chunks:
+        for chunk in self._near(region, tensor, offset):
             slab = self._overlap(tensor.dtype, chunk, offset, (rows, columns))
             if slab is not None:
                 slabs.append(slab)
@@ -71,6 +72,20 @@ class MegatronSource:
         piece = take_rows(self.matrix(self._by_name[name]), first, last)
         kernel = cast(piece.dtype, dtype)
         return Part(0, kernel, dtype, (last - first, piece.columns), (piece,), name=name)
+
+    def _near(
+        self, region: Region, tensor: GlobalTensor, offset: tuple[int, ...]
+    ) -> Sequence[Chunk]:
+        """Return the chunks that hold some of one expert; of a matrix, all chunks."""
+        if len(tensor.shape) < 3:
+            return tensor.chunks
+        if region.key not in self._by_expert:
+            table: dict[int, list[Chunk]] = {}
+            for chunk in tensor.chunks:
+                for index in range(chunk.offset[0], chunk.offset[0] + chunk.size[0]):
+                    table.setdefault(index, []).append(chunk)
+            self._by_expert[region.key] = table
+        return self._by_expert[region.key].get(offset[0], [])
 
     def _overlap(
         self, dtype: str, chunk: Chunk, offset: tuple[int, ...], size: tuple[int, int]
@@ -103,22 +118,30 @@ class MegatronSource:
 
     def _start(self, chunk: Chunk, dtype: str) -> int:
         """Return where a chunk's bytes begin in its file."""
-        if chunk not in self._starts:
-            where = f"{chunk.path} at byte {chunk.start}"
+        key = (str(chunk.path), chunk.start)
+        if key not in self._starts:
             try:
                 descriptor = os.open(chunk.path, os.O_RDONLY)
             except OSError as error:
                 raise CorruptSourceError(f"{chunk.path}: {error.strerror or error}") from error
             try:
-                found = find_tensor(descriptor, chunk.start, chunk.num_bytes, where)
+                self._starts[key] = _start_of(descriptor, chunk, dtype)
             finally:
                 os.close(descriptor)
-            if (found.dtype, found.shape) != (dtype, chunk.size):
-                raise CorruptSourceError(
-                    f"{where}: {found.dtype} {found.shape}, the metadata says {dtype} {chunk.size}"
-                )
-            self._starts[chunk] = found.start
-        return self._starts[chunk]
+        return self._starts[key]
+
+
+def _start_of(descriptor: int, chunk: Chunk, dtype: str) -> int:
+    frame = make_frame(dtype, chunk.size)  # as this converter writes it
+    if os.pread(descriptor, len(frame.before), chunk.start) == frame.before:
+        return chunk.start + len(frame.before)
+    where = f"{chunk.path} at byte {chunk.start}"
+    found = find_tensor(descriptor, chunk.start, chunk.num_bytes, where)
+    if (found.dtype, found.shape) != (dtype, chunk.size):
+        raise CorruptSourceError(
+            f"{where}: {found.dtype} {found.shape}, the metadata says {dtype} {chunk.size}"
+        )
+    return found.start
 
 
 def open_source(folder: TorchDistFolder, shape: ModelShape) -> MegatronSource:

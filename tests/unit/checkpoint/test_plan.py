@@ -229,6 +229,7 @@ def test_all_problems_of_a_folder_come_in_one_message(
         (dict(topk_method="greedy"), "topk_method 'greedy'"),
         (dict(scoring_func="softmax"), "scoring_func 'softmax'"),
         (dict(attention_bias=True), "attention_bias True"),
+        (dict(num_key_value_heads=2), "num_key_value_heads 2 is not num_attention_heads 4"),
         (dict(rope_scaling=dict(type="linear", factor=2)), "rope_scaling of type 'linear'"),
         (dict(rope_scaling=dict(type="yarn", factor=2)), "original_max_position_embeddings None"),
         (dict(n_group=4, topk_group=2, num_experts_per_tok=6), "top 6 experts from 2 of 4 groups"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from megatron_k2.optimizer.matrices import (
     cut_matrices,
     join_matrices_,
     kimi_rules,
+    model_rules,
 )
 from tests.unit.model.tiny import build_model, tiny_config
 
@@ -75,6 +78,52 @@ def test_every_parameter_of_a_model_is_assigned(changes):
     table = assignment_table(assignments)
     assert "gate and up apart" in table
     assert "embedding" in table
+
+
+@pytest.mark.parametrize(("tensor_parallel", "rows"), [(1, 2112), (2, 1056), (4, 528)])
+def test_fused_down_projections_are_two_matrices_on_every_tensor_parallel_rank(
+    tensor_parallel, rows
+):
+    """--mla-down-proj-fusion, kimi-k2's widths: 1536 query rows and 512 + 64 key-value rows."""
+    config = SimpleNamespace(
+        multi_latent_attention=True, qk_head_dim=128, qk_pos_emb_head_dim=64, v_head_dim=128,
+        q_lora_rank=1536, kv_lora_rank=512,
+    )  # fmt: skip
+    name = LAYER + "self_attention.linear_qkv_down_proj.weight"
+    found = assign(name, (rows, 7168), model_rules(config)).matrices
+    wanted = ((1, 1536 // tensor_parallel, 7168), (1, 576 // tensor_parallel, 7168))
+    assert found == wanted
+
+
+@pytest.mark.parametrize(
+    ("options", "matrices"),
+    [
+        ({}, ((1, 12, 9), (1, 6, 9), (1, 6, 9))),
+        ({"split_qkv": False}, ((1, 24, 9),)),
+        ({"split": "head"}, ((2, 3, 9), (2, 3, 9), (2, 3, 9), (2, 3, 9))),
+    ],
+)
+def test_grouped_query_projections_are_apart_unless_asked_otherwise(options, matrices):
+    config = SimpleNamespace(
+        multi_latent_attention=False, kv_channels=3, num_attention_heads=4, num_query_groups=2
+    )
+    name = LAYER + "self_attention.linear_qkv.weight"
+    assert assign(name, (24, 9), model_rules(config, **options)).matrices == matrices
+
+
+def test_layers_of_multi_token_prediction_are_known():
+    prefix = "module.mtp.layers.0."
+    for name, algorithm in {
+        "eh_proj.weight": "muon",
+        "mtp_model_layer.self_attention.linear_q_down_proj.weight": "muon",
+        "mtp_model_layer.mlp.experts.linear_fc2.weight": "muon",
+        "enorm.weight": "adamw",
+        "hnorm.weight": "adamw",
+        "final_layernorm.weight": "adamw",
+    }.items():
+        shape = (8, 16) if algorithm == "muon" else (8,)
+        rule = assign(prefix + name, shape, RULES).rule
+        assert (rule.algorithm, bool(rule.why)) == (algorithm, True)
 
 
 def test_names_of_transformer_engine_and_of_wrappers_are_known():

@@ -84,6 +84,20 @@ def test_a_zero_matrix_stays_zero_beside_others():
         assert found.isfinite().all()
 
 
+def test_what_is_left_of_a_momentum_without_gradients_moves_nothing():
+    """An expert that gets no tokens: after some 1,600 steps its norm has no finite inverse."""
+    momentum = torch.randn(1, 6, 8) * 1e-3
+    momentum[0, 0, 0] = 0.0
+    for _ in range(4000):
+        momentum.mul_(0.95)
+    assert momentum.any(), "it ends at a denormal number, not at zero"
+    for scale, moves in ((1.0, False), (1e3, False), (1e14, True)):
+        for dtype in (torch.float32, torch.bfloat16):
+            found = newton_schulz(momentum * scale, KIMI, dtype)
+            assert found.isfinite().all()
+            assert found.any() == moves
+
+
 def test_a_matrix_is_computed_alike_alone_and_in_a_batch():
     torch.manual_seed(4)
     matrices = torch.randn(5, 16, 48)

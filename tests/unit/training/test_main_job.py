@@ -15,7 +15,8 @@ import pytest
 
 from megatron_k2.data.documents import read_python_library
 from megatron_k2.training.from_text import main
-from megatron_k2.training.launch import last_checkpoint
+from megatron_k2.training.job import TRAIN_MODULE, Job, Settings
+from megatron_k2.training.launch import last_checkpoint, run_module
 
 TOOL = Path(__file__).resolve().parents[3] / "tools" / "pretrain_from_text.py"
 TEXT_BYTES = 230_000  # just above what the job asks for
@@ -35,7 +36,6 @@ def text(tmp_path_factory) -> Path:
 def plan_after_a_probe(output: Path, text: Path) -> None:
     """Bring the output folder to where a run stands that was killed after its probe."""
     from megatron_k2.training import from_text, stages
-    from megatron_k2.training.job import Job, Settings
 
     job = Job(output, Settings(preset="k2-micro", seq_length=128))
     corpus = from_text.corpus_stage(job, text)
@@ -75,6 +75,11 @@ def test_a_run_trains_reports_samples_and_is_finished_the_second_time(text, tmp_
     second = capfd.readouterr().out
     assert "all 8 steps are done" in second and "step 8/8" not in second
     assert second.splitlines()[-2] == first.splitlines()[-2]  # the summary
+
+    job = Job(output, Settings(preset="k2-micro", seq_length=128), vocab_size=512)
+    from_export = [*job.probe_arguments(), "--k2-load-hf", str(job.exported)]  # changes no weight
+    log = run_module(TRAIN_MODULE, from_export, tmp_path / "from_export.log", 2)
+    assert log.validations[-1][1] == pytest.approx(summary["final_heldout_loss"], abs=0.01)  # bf16
 
 
 def descendants(root: int) -> list[int]:
