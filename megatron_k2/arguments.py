@@ -165,6 +165,12 @@ def _add_model_args(group: Any) -> None:
         help="Update of the router's expert bias: sign(e_i), or Moonlight's sign(e_i) - mean sign.",
     )
     group.add_argument(
+        "--k2-fp8-activations",
+        nargs="+",
+        choices=("moe_up_proj_input", "swiglu_input"),
+        help="Keep these for the backward pass in FP8, with a scale for 128 numbers; K2 keeps both.",
+    )
+    group.add_argument(
         "--k2-max-attention-logit",
         action=argparse.BooleanOptionalAction,
         default=True,

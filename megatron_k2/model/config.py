@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
+from megatron_k2.fp8.activation_store import check_names
+
 ROUTER_BIAS_RULES = ("sign", "mean_centred")
 
 
@@ -37,8 +39,17 @@ class K2TransformerConfig(MLATransformerConfig):
     k2_te_max_attention_logit: bool = False
     """Take Transformer Engine's own maximum instead: rounded to bf16, FlashAttention off."""
 
+    k2_fp8_activations: list[str] | None = None
+    """Activations that are kept for the backward pass in FP8, of ``activation_store.ACTIVATIONS``
+    (Kimi K2 report, section 2.4.3: both); None keeps all as they are."""
+
     def __post_init__(self) -> None:
         """Check the K2 fields, then upstream's."""
+        if check_names(self.k2_fp8_activations or ()) and self.transformer_impl != "local":
+            raise ValueError(
+                "--k2-fp8-activations needs --transformer-impl local: Transformer Engine's modules "
+                "save for themselves, and packing what they save was never run"
+            )
         if self.k2_router_bias_rule not in ROUTER_BIAS_RULES:
             raise ValueError(
                 f"--k2-router-bias-rule {self.k2_router_bias_rule!r} is not one of "

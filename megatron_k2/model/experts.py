@@ -63,9 +63,11 @@ class K2GroupedMLP(TEGroupedMLP):
         fc1, fc2 = self.linear_fc1, self.linear_fc2
         plan = plan_rows(tokens_per_expert.tolist(), permuted_local_hidden_states, permutation)
         queues = (fc1.pending, fc2.pending) if self.config.delay_wgrad_compute else None
+        in_fp8 = frozenset(getattr(self.config, "k2_fp8_activations", None) or ())
         output = grouped_swiglu_mlp(
-            permuted_local_hidden_states, permuted_probs, fc1.weight, fc2.weight, plan, queues
-        )
+            permuted_local_hidden_states, permuted_probs, fc1.weight, fc2.weight, plan, queues,
+            in_fp8,
+        )  # fmt: skip
         return output, None
 
 

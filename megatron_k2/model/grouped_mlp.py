@@ -3,19 +3,22 @@
 ``y = p * W2_e (silu(G_e x) * U_e x)`` for every row, rows lying expert after expert. Between
 forward and backward it keeps the rows, the output of fc1 and the probabilities; SwiGLU is computed
 again in the backward pass, which needs its derivative anyway. Each group of experts goes through
-all products while its rows are in the cache. The weight gradients can wait in a queue for
+all products while its rows are in the cache. Rows and output of fc1 can be kept in FP8
+(fp8/activation_store.py). The weight gradients can wait in a queue for
 ``backward_dw`` (upstream's overlapped expert-parallel schedule). No Megatron import.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from itertools import batched
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_k2.fp8.activation_store import keep, restore
 from megatron_k2.model.grouped_gemm import RowGroup, RowPlan
 from megatron_k2.model.swiglu import swiglu_backward, swiglu_forward
 
@@ -63,19 +66,20 @@ class _GroupedSwiGLUMLP(torch.autograd.Function):
         fc2: Tensor,
         plan: RowPlan,
         queues: WeightGradientQueues | None,
+        in_fp8: frozenset[str],
     ) -> Tensor:
         weights = plan.pad_weights(probs)
         padded = x.new_empty(plan.padded_rows, fc2.shape[1])
-        inputs, hidden = [], []
+        saved: list[Tensor] = []
         for group in plan.groups:
             rows = plan.rows_of(x, group)
             z = group.product(rows, fc1.transpose(1, 2))
             activated = swiglu_forward(z, weights[group.rows])
             group.product(activated, fc2.transpose(1, 2), out=padded[group.rows])
-            inputs.append(rows)
-            hidden.append(z)
-        ctx.save_for_backward(weights, fc1, fc2, *inputs, *hidden)
-        ctx.plan, ctx.queues = plan, queues
+            saved += keep(rows, "moe_up_proj_input" in in_fp8)
+            saved += keep(z, "swiglu_input" in in_fp8)
+        ctx.save_for_backward(weights, fc1, fc2, *saved)
+        ctx.plan, ctx.queues, ctx.in_fp8 = plan, queues, in_fp8
         return plan.collect(padded)
 
     @staticmethod
@@ -85,11 +89,13 @@ class _GroupedSwiGLUMLP(torch.autograd.Function):
         plan: RowPlan = ctx.plan
         grad_y = grad_y.contiguous()
         padded_x = grad_y.new_empty(plan.padded_rows, fc1.shape[2])
-        inputs, hidden = saved[: len(plan.groups)], saved[len(plan.groups) :]
+        num_parts = [1 + (name in ctx.in_fp8) for name in ("moe_up_proj_input", "swiglu_input")]
         padded_probs = torch.empty_like(weights)
         pending = PendingWeightGradient(fc1, plan), PendingWeightGradient(fc2, plan)
         grad_fc1, grad_fc2 = (None, None) if ctx.queues else (p.empty() for p in pending)
-        for group, rows, z in zip(plan.groups, inputs, hidden, strict=True):
+        for group, parts in zip(plan.groups, batched(saved, sum(num_parts)), strict=True):
+            rows = restore(parts[: num_parts[0]], grad_y.dtype)
+            z = restore(parts[num_parts[0] :], grad_y.dtype)
             rows_grad = plan.rows_of(grad_y, group)
             grad_activated = group.product(rows_grad, fc2)
             grad_z, grad_p, activated = swiglu_backward(grad_activated, z, weights[group.rows])
@@ -105,7 +111,7 @@ class _GroupedSwiGLUMLP(torch.autograd.Function):
         for queue, gradient in zip(ctx.queues or (), pending, strict=False):
             queue.append(gradient)
         grad_probs = plan.unpad_weights(padded_probs)
-        return plan.collect(padded_x), grad_probs, grad_fc1, grad_fc2, None, None
+        return plan.collect(padded_x), grad_probs, grad_fc1, grad_fc2, None, None, None
 
 
 def grouped_swiglu_mlp(
@@ -115,6 +121,7 @@ def grouped_swiglu_mlp(
     fc2: Tensor,
     plan: RowPlan,
     queues: WeightGradientQueues | None = None,
+    in_fp8: frozenset[str] = frozenset(),
 ) -> Tensor:
     """Return every row's expert output times its routing probability.
 
@@ -125,10 +132,11 @@ def grouped_swiglu_mlp(
         fc2: [experts, hidden, ffn].
         plan: which rows belong to which expert.
         queues: where the weight gradients of fc1 and fc2 wait, or None to compute them in backward.
+        in_fp8: which of ``activation_store.ACTIVATIONS`` are kept in FP8.
 
     Returns:
         shape and dtype of ``x``; with a permutation, the sum over each token's experts.
     """
     return _GroupedSwiGLUMLP.apply(  # type: ignore[no-any-return]
-        x, probs, fc1, fc2, plan, queues
+        x, probs, fc1, fc2, plan, queues, in_fp8
     )

@@ -40,7 +40,8 @@ class K2MLP(MLP):
         ):
             return super().forward(hidden_states, per_token_scale, **kwargs)
         intermediate, _ = self.linear_fc1(hidden_states)
-        return self.linear_fc2(swiglu(intermediate))
+        in_fp8 = "swiglu_input" in (getattr(config, "k2_fp8_activations", None) or ())
+        return self.linear_fc2(swiglu(intermediate, in_fp8))
 
 
 class K2SharedExpertMLP(SharedExpertMLP, K2MLP):

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from megatron_k2.fp8.activation_store import keep, restore
+
 _TILE_ELEMENTS = 1 << 19
 """fp32 values in a tile of the input: 2 MiB, the L2 caches of two server cores."""
 
@@ -88,24 +90,27 @@ class _SwiGLU(torch.autograd.Function):
     """Autograd of ``swiglu``; saves only the input."""
 
     @staticmethod
-    def forward(ctx: Any, z: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(z)
+    def forward(ctx: Any, z: torch.Tensor, in_fp8: bool) -> torch.Tensor:
+        ctx.save_for_backward(*keep(z, in_fp8))
+        ctx.dtype = z.dtype
         return swiglu_forward(z.reshape(-1, z.shape[-1])).view(*z.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
-        (z,) = ctx.saved_tensors
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        z = restore(ctx.saved_tensors, ctx.dtype)
         flat_grad = grads[0].reshape(-1, z.shape[-1] // 2)
-        return swiglu_backward(flat_grad, z.reshape(-1, z.shape[-1]))[0].view_as(z)
+        grad_z = swiglu_backward(flat_grad, z.reshape(-1, z.shape[-1]))[0]
+        return grad_z.view(*grads[0].shape[:-1], -1), None
 
 
-def swiglu(z: torch.Tensor) -> torch.Tensor:
+def swiglu(z: torch.Tensor, in_fp8: bool = False) -> torch.Tensor:
     """Return ``silu(gate) * up`` with gradients.
 
     Args:
         z: [..., 2 * ffn], gate before up.
+        in_fp8: keep ``z`` for the backward pass in FP8.
 
     Returns:
         [..., ffn], dtype of ``z``.
     """
-    return _SwiGLU.apply(z)  # type: ignore[no-any-return]
+    return _SwiGLU.apply(z, in_fp8)  # type: ignore[no-any-return]

@@ -1,0 +1,1 @@
+"""FP8 with a scale a tile: storage of activations, and products as on GPUs, on any device."""
