@@ -168,7 +168,7 @@ def _add_model_args(group: Any) -> None:
         "--k2-fp8-activations",
         nargs="+",
         choices=("moe_up_proj_input", "swiglu_input"),
-        help="Keep these for the backward pass in FP8, with a scale for 128 numbers; K2 keeps both.",
+        help="Keep these for the backward pass in FP8, a scale for 128 numbers; K2 keeps both.",
     )
     group.add_argument(
         "--k2-max-attention-logit",

@@ -43,6 +43,12 @@ class LoadHF:
             ConversionRefused: the folder is not this model's.
         """
         source = open_source(self.folder)
+        num_layers = unwrap_model(chunks)[0].config.num_layers
+        if num_layers != source.shape.num_layers:
+            raise ConversionRefused(
+                f"{self.folder}: {source.shape.num_layers} layers are there, {num_layers} in the "
+                "model; leave out --num-layers"
+            )
         reader = TensorReader(source)
         num_bytes = sum(load_(chunk, reader) for chunk in unwrap_model(chunks))
         reader.close()
@@ -94,7 +100,9 @@ def _fill_(part: ShardedTensor, regions: list[Region], reader: TensorReader) -> 
     if not regions:
         raise ConversionRefused(f"{reader.source.folder.path}: has nothing for {part.key}")
     whole = tuple(part.global_shape)
-    if whole != regions[0].global_shape and part.key not in _VOCABULARY:
+    rows, *rest = regions[0].global_shape
+    padded = part.key in _VOCABULARY and whole[0] >= rows and whole[1:] == tuple(rest)
+    if whole != regions[0].global_shape and not padded:
         raise ConversionRefused(
             f"{reader.source.folder.path}: {part.key} is {regions[0].global_shape} there, "
             f"{whole} in the model"

@@ -32,6 +32,7 @@ def refuse_unsupported(config: MuonClipConfig, model_chunks: Chunks) -> None:
         "--k2-optimizer-offload all without --bf16 (fp32 weights are their own shards)":
             config.k2_optimizer_offload == "all" and not config.bf16,
         "--muon-scalar-optimizer other than adam": config.muon_scalar_optimizer != "adam",
+        "decoupled_weight_decay=False": not config.decoupled_weight_decay,
         "--k2-muon-backend triton without a GPU (use torch)": config.k2_muon_backend == "triton"
         and on_cpu and os.environ.get("TRITON_INTERPRET") != "1",
         "--k2-log-optimizer-interval below 0 (0 is never)":

@@ -44,8 +44,9 @@ class UpdateRule(Protocol):
     def __call__(self, momenta: Tensor) -> Tensor:
         """Return directions [n, rows, columns] (any floating dtype) for momenta of that shape.
 
-        Rows are at most columns: a taller matrix comes transposed. The result for one matrix may
-        depend on no other one: that is what makes it the same under every layout.
+        Rows are at most columns: a taller matrix comes transposed. Momenta are contiguous, in the
+        wire's dtype, and may be of one layer or of many. The result for one matrix may depend on
+        no other one: that is what makes it the same under every layout.
         """
 
     @abstractmethod
@@ -148,7 +149,8 @@ def directions_of(momenta: Sequence[Tensor], rule: UpdateRule) -> list[Tensor]:
         if batch.ndim != 3:
             raise ValueError(f"momenta are [n, rows, columns], got {tuple(batch.shape)}")
     lying = [batch.transpose(1, 2) if _stands(batch) else batch for batch in momenta]
-    result = rule(lying[0] if len(lying) == 1 else torch.cat(lying))
+    # Contiguous, so that no sum's order, and no bit, depends on where the matrices lay.
+    result = rule((lying[0] if len(lying) == 1 else torch.cat(lying)).contiguous())
     found = result.split([batch.shape[0] for batch in momenta])
     return [
         piece.transpose(1, 2) if _stands(batch) else piece

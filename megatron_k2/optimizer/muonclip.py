@@ -70,15 +70,16 @@ class MuonClip(torch.optim.Optimizer):
         momentum_dtype: torch.dtype = torch.float32,
         max_batch_bytes: int | None = None,
     ) -> None:
-        for name, value, allowed in (
-            ("lr", lr, lr >= 0),
-            ("momentum", momentum, 0 <= momentum < 1),
-            ("weight_decay", weight_decay, weight_decay >= 0),
-            ("betas", betas, all(0 <= beta < 1 for beta in betas)),
-            ("eps", eps, eps > 0),  # at 0 an embedding's row that no token met is 0 / 0
+        for name, value, fits, allowed in (
+            ("lr", lr, lr >= 0, "at least 0"),
+            ("momentum", momentum, 0 <= momentum < 1, "in [0, 1)"),
+            ("weight_decay", weight_decay, weight_decay >= 0, "at least 0"),
+            ("betas", betas, all(0 <= beta < 1 for beta in betas), "in [0, 1)"),
+            # At 0 the row of an embedding that no token met is 0 / 0.
+            ("eps", eps, eps > 0, "above 0"),
         ):
-            if not allowed:
-                raise ValueError(f"MuonClip: {name} {value} is out of range")
+            if not fits:
+                raise ValueError(f"--optimizer muonclip: {name} {value} must be {allowed}")
         self.rule: UpdateRule = rule or Orthogonaliser()
         self.momentum_dtype, self._batch_bytes = momentum_dtype, max_batch_bytes
         self.exchange: Exchange | None = None

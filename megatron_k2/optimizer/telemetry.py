@@ -45,14 +45,26 @@ class Telemetry:
     def __init__(self, interval: int, device: torch.device) -> None:
         self.interval = interval
         self.active = False
+        self._step = 0
+        self._due: int | None = None
         # For each kind: squares of the update, its elements, squared residuals, rows.
         self.sums = torch.zeros(len(KINDS), 4, device=device)
 
     def begin(self, step: int) -> None:
         """Start a step, counted from 1."""
-        self.active = bool(self.interval) and step % self.interval == 0
+        self._step = step
+        if not self.interval:
+            return
+        if self._due is None:
+            self._due = -(-step // self.interval) * self.interval
+        self.active = step >= self._due
         if self.active:
             self.sums.zero_()
+            self._due = step + self.interval
+
+    def reported(self) -> None:
+        """Measure again in so many steps: skipped ones are no steps, but the log counts them."""
+        self._due = self._step + self.interval
 
     def observe(self, name: str, directions: Tensor, scale: float) -> None:
         """Add the directions of matrices [n, rows, columns] of one parameter.
@@ -101,6 +113,7 @@ def report(
     sums = torch.zeros(len(KINDS) + 1, 4, device=device)
     for one in telemetries:
         sums[:-1] += one.sums
+        one.reported()
     largest = torch.full((num_layers,), -torch.inf, device=device)
     if clip is not None and clip.maxima is not None and clip.counts is not None:
         replicas = dist.get_world_size(clip.group) if clip.group is not None else 1

@@ -31,6 +31,7 @@ from pathlib import Path
 from megatron_k2.checkpoint import conversions, intact
 from megatron_k2.checkpoint.conversions import Options
 from megatron_k2.checkpoint.errors import ConversionInterrupted, ConversionRefused
+from megatron_k2.checkpoint.hf.weights import SCALE
 from megatron_k2.checkpoint.stream.run import Plan, available_bytes
 from megatron_k2.checkpoint.to_hf import WEIGHTS
 from megatron_k2.checkpoint.torch_dist import folder as dist_folder
@@ -146,7 +147,8 @@ def _plan(arguments: argparse.Namespace) -> int:
 def summary(made: Plan, target: Path, disk_gb_per_s: float) -> dict[str, float]:
     """Return a plan in numbers; the time assumes that reading and writing share one disk."""
     parts = [part for unit in made.units for part in unit.parts if part.inputs]
-    weights = sum(part.shape[0] * part.shape[1] for part in parts)
+    numbers = (part for part in parts if not part.name.endswith(SCALE))
+    weights = sum(part.shape[0] * part.shape[1] for part in numbers)
     moved = made.bytes_read + made.bytes_written
     return {
         "tensors": len({part.name for part in parts}),

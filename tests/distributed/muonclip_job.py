@@ -172,6 +172,8 @@ def steps(run: dict[str, Any]) -> dict[str, Any]:
     if job.save:
         os.makedirs(job.save, exist_ok=True)
         save(job.save, model, optimizer)
+    config = get_model_config(model[0])
+    report = optimizer.report(config.num_layers + (config.mtp_num_layers or 0))
     exchanges = [instance.optimizer.exchange for instance in optimizer.instances]
     stores = [
         store
@@ -179,6 +181,7 @@ def steps(run: dict[str, Any]) -> dict[str, Any]:
         for store in (one.optimizer.moments, one.optimizer.masters)
     ]
     return {
+        "report": report,
         "peak_bytes": allocations.peak,
         "num_waves": max(len(one.routes) for one in exchanges),
         "resident_bytes": sum(store.resident_bytes for store in stores),

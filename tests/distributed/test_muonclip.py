@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from math import prod
 from pathlib import Path
@@ -18,7 +19,9 @@ STEPS = "tests.distributed.muonclip_job:steps"
 FAKE_CUDA = "tests.distributed.muonclip_job:fake_cuda_step"
 FROZEN = "tests.distributed.muonclip_job:frozen_batch"
 THRESHOLD = 60.0  # of the job
-
+OWN = "tests.distributed.muonclip_rule:unit_rows"
+RULE = os.environ.get("K2_MUON_RULE", "muon")
+"""Of all runs that do not name another: a user's own, to have its bits compared."""
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp2": (2, layout()),
@@ -64,7 +67,8 @@ def digests(wholes: dict[str, np.ndarray]) -> dict[str, str]:
 
 def ranks_of(pool: Pool, name: str, **options: Any) -> list[dict[str, Any]]:
     world_size, sizes = LAYOUTS[name] if name != "one" else (1, layout())
-    job = dict(layout=sizes, **options)
+    fields = {"k2_muon_rule": RULE, **options.pop("optimizer", {})}
+    job = dict(layout=sizes, optimizer=fields, **options)
     return pool.run(STEPS, world_size, kwargs=dict(run=job), timeout_s=240)
 
 
@@ -113,8 +117,19 @@ def test_twenty_steps_are_those_of_one_process_bit_for_bit(
         ("tp2-pp2-ep2", dict(bf16=True, optimizer=dict(k2_muon_wire="bf16"))),
         ("dp4", dict(optimizer=dict(k2_muon_momentum="bf16", muon_coefficient_type="quintic"))),
         ("tp2-dp2", dict(model="grouped")),
+        ("tp2-dp2", dict(optimizer=dict(k2_muon_rule=OWN))),
     ],
-    ids=["part", "head", "buckets", "small waves", "bf16", "bf16 wire", "bf16 momentum", "grouped"],
+    ids=[
+        "part",
+        "head",
+        "buckets",
+        "small waves",
+        "bf16",
+        "bf16 wire",
+        "bf16 momentum",
+        "grouped",
+        "own rule",
+    ],
 )
 def test_options_do_not_depend_on_the_layout_either(
     pool: Pool, one: dict[str, np.ndarray], name: str, options: dict[str, Any]
@@ -240,6 +255,26 @@ def test_a_step_reads_nothing_back_from_the_device(pool: Pool, world_size: int) 
     assert found["num_operations"] > 100 and (found["num_clipped"] > 0) == (world_size < 8)
     assert (found["num_waves"] > 0) == (world_size > 1)
     assert found["reads"] == []
+
+
+@pytest.mark.parametrize(("name", "model"), [("pp2", "prediction"), ("tp2-ep2-etp2", "k2")])
+def test_what_is_logged_is_of_the_whole_model(pool: Pool, name: str, model: str) -> None:
+    """Sums over ranks and chunks, so rounding may differ; counts and maxima may not."""
+    job = dict(model=model, num_steps=2, optimizer=dict(k2_log_optimizer_interval=2))
+    alone = ranks_of(pool, "one", **job)[0]["report"]
+    layers = 4 + (model == "prediction")
+    assert [f"k2/max-logit/layer-{n:02}" in alone for n in range(1, 7)] == [
+        n <= layers for n in range(1, 7)
+    ]
+    for kind in ("attention", "mlp", "experts", "router"):
+        assert 0.1 < alone[f"k2/update-rms/{kind}"] < 0.25, "0.2 but for what five steps leave"
+        assert 0.1 < alone[f"k2/orthogonality-residual/{kind}"] < 0.7
+    assert 0 < alone["k2/heads-clipped"] < 1 and alone["k2/heads-broken"] == 0
+    for rank in ranks_of(pool, name, **job):
+        assert rank["report"].keys() == alone.keys()
+        for tag, value in alone.items():
+            exact = "heads" in tag or "logit" in tag
+            assert rank["report"][tag] == pytest.approx(value, rel=0 if exact else 1e-5), tag
 
 
 def test_the_count_of_reads_sees_them(pool: Pool) -> None:

@@ -35,7 +35,7 @@ class Plan:
     units: tuple[Unit, ...]
     files: dict[str, int]  # relative path to bytes
     options: dict[str, Any]  # what was asked for, as JSON values
-    finish: Callable[[Path], None] = lambda folder: None  # writes the small files
+    finish: Callable[[Path], None] = lambda folder: None  # writes metadata.json
 
     def fingerprint(self) -> str:
         """Return a hash of all units, of the bytes that they hold, and of the sources' states."""

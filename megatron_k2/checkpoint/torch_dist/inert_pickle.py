@@ -85,7 +85,7 @@ class _Writer:
     """
 
     def __init__(self) -> None:
-        self.out: list[bytes] = [pickle.PROTO + b"\x02"]
+        self.out = bytearray(pickle.PROTO + b"\x02")
         self._memo: dict[Any, bytes] = {}
 
     def write(self, value: Any) -> None:
@@ -95,73 +95,73 @@ class _Writer:
         """Refer to what was written before; tell whether it was."""
         code = self._memo.get(key)
         if code is not None:
-            self.out.append(code)
+            self.out += code
         return code is not None
 
     def _keep(self, key: Any) -> None:
         """Note what was written last."""
         place = len(self._memo).to_bytes(4, "little")
         self._memo[key] = pickle.LONG_BINGET + place
-        self.out.append(pickle.LONG_BINPUT + place)
+        self.out += pickle.LONG_BINPUT + place
 
     def _str(self, value: str) -> None:
         if not self._again(value):
             data = value.encode()
-            self.out.append(pickle.BINUNICODE + len(data).to_bytes(4, "little") + data)
+            self.out += pickle.BINUNICODE + len(data).to_bytes(4, "little") + data
             self._keep(value)
 
     def _global(self, value: type[Record]) -> None:
         if not self._again(value):
-            self.out.append(pickle.GLOBAL + "{}\n{}\n".format(*value.place).encode())
+            self.out += pickle.GLOBAL + "{}\n{}\n".format(*value.place).encode()
             self._keep(value)
 
     def _int(self, value: int) -> None:
         if 0 <= value < 256:
-            self.out.append(pickle.BININT1 + bytes([value]))
+            self.out += pickle.BININT1 + bytes([value])
         elif -(1 << 31) <= value < 1 << 31:
-            self.out.append(pickle.BININT + value.to_bytes(4, "little", signed=True))
+            self.out += pickle.BININT + value.to_bytes(4, "little", signed=True)
         else:
-            self.out.append(pickle.LONG1 + b"\x09" + value.to_bytes(9, "little", signed=True))
+            self.out += pickle.LONG1 + b"\x09" + value.to_bytes(9, "little", signed=True)
 
     def _bool(self, value: bool) -> None:
-        self.out.append(pickle.NEWTRUE if value else pickle.NEWFALSE)
+        self.out += pickle.NEWTRUE if value else pickle.NEWFALSE
 
     def _none(self, value: None) -> None:
-        self.out.append(pickle.NONE)
+        self.out += pickle.NONE
 
     def _tuple(self, value: tuple[Any, ...]) -> None:
-        self.out.append(pickle.MARK)
+        self.out += pickle.MARK
         for item in value:
             self.write(item)
-        self.out.append(pickle.TUPLE)
+        self.out += pickle.TUPLE
 
     def _list(self, value: list[Any]) -> None:
-        self.out.append(pickle.EMPTY_LIST + pickle.MARK)
+        self.out += pickle.EMPTY_LIST + pickle.MARK
         for item in value:
             self.write(item)
-        self.out.append(pickle.APPENDS)
+        self.out += pickle.APPENDS
 
     def _dict(self, value: dict[Any, Any]) -> None:
-        self.out.append(pickle.EMPTY_DICT + pickle.MARK)
+        self.out += pickle.EMPTY_DICT + pickle.MARK
         for key, item in value.items():
             self.write(key)
             self.write(item)
-        self.out.append(pickle.SETITEMS)
+        self.out += pickle.SETITEMS
 
     def _reference(self, value: Reference) -> None:
         self._tuple(value)
-        self.out.append(pickle.BINPERSID)
+        self.out += pickle.BINPERSID
 
     def _record(self, value: Record) -> None:
         if not value.made_by_call:
             self._global(type(value))
-            self.out.append(pickle.EMPTY_TUPLE + pickle.NEWOBJ)
+            self.out += pickle.EMPTY_TUPLE + pickle.NEWOBJ
             self.write(value.state)
-            self.out.append(pickle.BUILD)
+            self.out += pickle.BUILD
         elif not self._again(key := (type(value), value.args)):
             self._global(type(value))
             self._tuple(value.args)
-            self.out.append(pickle.REDUCE)
+            self.out += pickle.REDUCE
             self._keep(key)
 
     _WRITERS: ClassVar[dict[type, Callable[[Any, Any], None]]] = {
@@ -179,7 +179,7 @@ def write_pickle(value: Any) -> bytes:
     """
     writer = _Writer()
     writer.write(value)
-    return b"".join(writer.out) + pickle.STOP
+    return bytes(writer.out + pickle.STOP)
 
 
 def name_of(value: Any) -> str:

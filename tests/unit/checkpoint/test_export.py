@@ -89,7 +89,10 @@ def test_transformers_gives_megatrons_logits_and_generates(tmp_path: Path, name:
     ours = our_logits(config, release, ids)
     assert theirs.std() > 0.02
     assert (ours - theirs).abs().max() <= TOLERANCE * max(1.0, theirs.std().item())
-    made = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    mask = torch.ones_like(ids)
+    made = model.generate(
+        ids, attention_mask=mask, max_new_tokens=5, do_sample=False, pad_token_id=0
+    )
     assert made.shape == (2, 25)  # nothing ends it: no id is said to be the end
     assert torch.equal(made[:, 20], ours[:, -1].argmax(-1))
 

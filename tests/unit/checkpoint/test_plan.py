@@ -43,7 +43,7 @@ WEIGHTS = {  # of all tensors but scales, from the published sizes; DeepSeek-V3 
     "deepseek_v3": 684_489_845_504,
 }
 REPEATED = (".embed_tokens.weight", ".shared_head.head.weight")
-SECONDS = 60.0  # for Kimi K2, on a loaded core; 6 s on a free one
+SECONDS = 60.0  # of one core, for Kimi K2; 13 to 15 s on two loaded cores of a small machine
 
 
 def is_repeated(name: str) -> bool:
@@ -151,16 +151,6 @@ def test_plan_of_moonlight_is_exact_in_both_directions(tmp_path: Path) -> None:
     assert back.files == {path.name: path.stat().st_size for path in (tmp_path / "hf").iterdir()}
     made = [part.name for unit in back.units for part in unit.parts if part.inputs]
     assert set(made) == {name for name, _, _ in tensors}
-
-
-def test_plan_of_the_released_kimi_k2_is_made_in_seconds(tmp_path: Path) -> None:
-    plan, tensors = planned("kimi_k2", tmp_path / "hf")
-    scales = sum(num_bytes(*t[1:]) for t in tensors if t[0].endswith("_scale_inv"))
-    assert plan.bytes_read == sum(num_bytes(*t[1:]) for t in tensors) + scales
-    assert {part.name for unit in plan.units for part in unit.parts if part.inputs} == {
-        name for name, _, _ in tensors
-    }
-    assert sum(f.stat().st_blocks * 512 for f in tmp_path.rglob("*")) < 64 << 20
 
 
 @pytest.mark.evidence
