@@ -1,6 +1,7 @@
-/* e4m3 tiles of 1 x 128 on the host: the arithmetic of tiles.py, bit for bit, in one pass over
- * memory. Compiled at first use by host_kernels.py with the machine's own C compiler; no header of
- * torch is needed. No fast-math: NaN, infinities and denormals must survive. */
+/* e4m3 tiles on the host in one pass over memory: of 1 x 128 with the arithmetic of tiles.py, of
+ * 128 x 128 with that of checkpoint/fp8_blocks.py, both bit for bit. Compiled at first use by
+ * host_kernels.py with the machine's own C compiler; no header of torch or Python is needed. No
+ * fast-math: NaN, infinities and denormals must survive. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -31,10 +32,23 @@ static inline uint8_t encode(float value) {
     return (uint8_t)(sign | (is_nan ? 0x7f : code));
 }
 
+/* The number times 2^-120, exact: sign, exponent and mantissa in fp32's places. */
+static inline float decode_below(uint8_t code) {
+    return from_bits(((uint32_t)(code & 0x80) << 24) | ((uint32_t)(code & 0x7f) << 20));
+}
+
 static inline float decode(uint8_t code) {
-    uint32_t bits = ((uint32_t)(code & 0x80) << 24) | ((uint32_t)(code & 0x7f) << 20);
-    float value = from_bits(bits) * 0x1p120f;
+    float value = decode_below(code) * 0x1p120f;
     return (code & 0x7f) == 0x7f ? NAN : value;
+}
+
+static inline uint16_t round_to_bf16(float value) { /* no NaN */
+    uint32_t bits = to_bits(value);
+    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+static inline uint16_t to_bf16(float value) {
+    return (to_bits(value) & 0x7fffffff) > 0x7f800000u ? 0x7fc0 : round_to_bf16(value);
 }
 
 static inline float scale_of(float amax, int power_of_two) {
@@ -92,12 +106,7 @@ void unpack_bf16(const uint8_t *data, const float *scales, long rows, long colum
             long at = row * columns + tile * TILE, left = columns - tile * TILE;
             long width = left < TILE ? left : TILE;
             float scale = scales[row * tiles + tile];
-            for (long i = 0; i < width; i++) {
-                float value = decode(data[at + i]) * scale;
-                uint32_t bits = to_bits(value);
-                uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-                out[at + i] = (bits & 0x7fffffff) > 0x7f800000u ? 0x7fc0 : (uint16_t)rounded;
-            }
+            for (long i = 0; i < width; i++) out[at + i] = to_bf16(decode(data[at + i]) * scale);
         }
 }
 
@@ -111,4 +120,47 @@ void unpack_fp32(const uint8_t *data, const float *scales, long rows, long colum
             float scale = scales[row * tiles + tile];
             for (long i = 0; i < width; i++) out[at + i] = decode(data[at + i]) * scale;
         }
+}
+
+/* Tiles of 128 x 128, one row of scales for 128 rows. Both return whether a number is not finite,
+ * and what they wrote is then of no use. One thread: each worker of a conversion has a core. */
+int unpack_blocks(const uint8_t *data, const float *scales, long rows, long columns, uint16_t *out) {
+    long tiles = (columns + TILE - 1) / TILE;
+    uint8_t largest = 0;
+    for (long row = 0; row < rows; row++)
+        for (long tile = 0; tile < tiles; tile++) {
+            const uint8_t *from = data + row * columns + tile * TILE;
+            uint16_t *restrict to = out + row * columns + tile * TILE;
+            long left = columns - tile * TILE, width = left < TILE ? left : TILE;
+            float scale = scales[row / TILE * tiles + tile], lifted = scale * 0x1p120f;
+            for (long i = 0; i < width; i++) {
+                uint8_t size = from[i] & 0x7f;
+                largest = size > largest ? size : largest;
+            }
+            if (isfinite(lifted)) /* one rounding either way: the first product is exact */
+                for (long i = 0; i < width; i++) to[i] = round_to_bf16(decode_below(from[i]) * lifted);
+            else
+                for (long i = 0; i < width; i++)
+                    to[i] = round_to_bf16(decode_below(from[i]) * 0x1p120f * scale);
+        }
+    return largest == 0x7f;
+}
+
+int pack_blocks(const uint16_t *x, const float *scales, long rows, long columns, uint8_t *data) {
+    long tiles = (columns + TILE - 1) / TILE;
+    int bad = 0;
+    for (long row = 0; row < rows; row++)
+        for (long tile = 0; tile < tiles; tile++) {
+            long at = row * columns + tile * TILE, left = columns - tile * TILE;
+            long width = left < TILE ? left : TILE;
+            float scale = scales[row / TILE * tiles + tile];
+            int32_t wrong = 0;
+            for (long i = 0; i < width; i++) {
+                uint32_t bits = (uint32_t)x[at + i] << 16;
+                wrong |= (bits & 0x7f800000u) == 0x7f800000u;
+                data[at + i] = encode(from_bits(bits) / scale);
+            }
+            bad |= wrong;
+        }
+    return bad;
 }

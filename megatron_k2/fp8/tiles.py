@@ -13,7 +13,9 @@ one; NaN stays NaN and is not seen by its tile's scale; infinities saturate at 4
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +26,7 @@ TILE = 128
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 MIN_SCALE = 2.0**-126  # the least normal fp32 number
+_KERNELS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,14 @@ def quantise_rows(x: Tensor, power_of_two: bool = False) -> Tiles:
         x: [rows, columns], floating point.
         power_of_two: round scales up to a power of two.
     """
-    if host_kernels.supports(x) and host_kernels.library() is not None:
-        data = torch.empty(x.shape, dtype=E4M3)
-        scales = torch.empty(x.shape[0], num_tiles(x.shape[1]))
-        host_kernels.pack(x, data, scales, power_of_two)
-        return Tiles(data, scales)
-    return quantise_rows_plain(x, power_of_two)
+    kernel = _kernel("pack", x)
+    if kernel is None:
+        return quantise_rows_plain(x, power_of_two)
+    data = torch.empty(x.shape, dtype=E4M3)
+    scales = torch.empty(x.shape[0], num_tiles(x.shape[1]))
+    shape = map(ctypes.c_long, x.shape)
+    kernel(_at(x), *shape, _at(data), _at(scales), int(power_of_two))
+    return Tiles(data, scales)
 
 
 def quantise_columns(x: Tensor, power_of_two: bool = False) -> Tiles:
@@ -102,10 +107,12 @@ def dequantise(tiles: Tiles, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     if tiles.is_blocks:
         scales = scales.repeat_interleave(TILE, 0)[: len(tiles.data)]
     out = torch.empty(tiles.data.shape, dtype=dtype, device=tiles.data.device)
-    if host_kernels.supports(out) and host_kernels.library() is not None:
-        host_kernels.unpack(tiles.data, scales.contiguous(), out)
-        return out
-    return dequantise_rows_plain(tiles.data, scales, dtype)
+    kernel = _kernel("unpack", out)
+    if kernel is None:
+        return dequantise_rows_plain(tiles.data, scales, dtype)
+    scales = scales.contiguous()
+    kernel(_at(tiles.data), _at(scales), *map(ctypes.c_long, out.shape), _at(out))
+    return out
 
 
 def quantise_rows_plain(x: Tensor, power_of_two: bool = False) -> Tiles:
@@ -131,6 +138,19 @@ def dequantise_rows_plain(data: Tensor, scales: Tensor, dtype: torch.dtype) -> T
         return (data.float() * each).to(dtype)
     tiles = data.view(rows, wide, TILE).float() * scales[..., None]
     return tiles.to(dtype).view(rows, columns)
+
+
+def _kernel(what: str, x: Tensor) -> Any:
+    """Return the host's kernel for a tensor; None if there is none."""
+    name = _KERNELS.get(x.dtype)
+    library = host_kernels.library()
+    if library is None or name is None or x.device.type != "cpu" or not x.is_contiguous():
+        return None
+    return getattr(library, f"{what}_{name}")
+
+
+def _at(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
 
 
 def _scales(amax: Tensor, power_of_two: bool) -> Tensor:

@@ -1,8 +1,7 @@
 """Models under MuonClip in the distributed tests: K2's, with prediction layers, grouped queries.
 
 Upstream's builder would make prediction layers of stock modules, which keep no record of logits;
-``WithPrediction`` makes them of K2's, as ``conversion_job.py`` does. Grouped-query attention is
-upstream's local layer with a core attention that records: the mixin and ten lines.
+``WithPrediction`` makes them of K2's, as ``conversion_job.py`` does.
 """
 
 from __future__ import annotations
@@ -15,11 +14,10 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_mtp_block_spec,
 )
-from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
-from megatron_k2.max_logit import MaxLogitRecord, chunked_max_logits
+from megatron_k2.model.grouped_query import get_grouped_query_block_spec
 from megatron_k2.model.norm import K2RMSNorm
 from megatron_k2.model.specs import get_k2_decoder_block_spec, get_k2_layer_specs
 from megatron_k2.planning.stage import preset_config
@@ -53,22 +51,6 @@ class WithPrediction(GPTModelBuilder):  # type: ignore[misc]
         )  # fmt: skip
 
 
-class RecordingDotProductAttention(MaxLogitRecord, DotProductAttention):  # type: ignore[misc]
-    """Upstream's local attention, keys shared by groups of queries, with K2's record."""
-
-    records_max_logits = True
-
-    def forward(self, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Record, then attend; query [s, b, heads, width], key [s, b, groups, width]."""
-        if self.wants_max_logits():
-            heads = key.repeat_interleave(query.size(2) // key.size(2), dim=2)
-            maxima = chunked_max_logits(
-                query.flatten(1, 2), heads.flatten(1, 2), self.softmax_scale
-            )
-            self.record_max_logits_(maxima)
-        return super().forward(query, key, *args, **kwargs)
-
-
 def grouped_query_config(**fields: Any) -> TransformerConfig:
     """Return a dense model of 2 layers: 8 query heads and 4 key heads of width 16, biases too."""
     return TransformerConfig(
@@ -82,15 +64,6 @@ def grouped_query_config(**fields: Any) -> TransformerConfig:
     )  # fmt: skip
 
 
-def grouped_query_spec(*, recording: bool) -> Any:
-    """Return upstream's local layer, with a core attention that records or its own."""
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    if recording:
-        attention = spec.submodules.self_attention
-        attention.submodules.core_attention = RecordingDotProductAttention
-    return spec
-
-
 def builder_of(model: str, **fields: Any) -> GPTModelBuilder:
     """Return the builder of a model: ``k2``, ``prediction``, ``grouped`` or ``stock grouped``.
 
@@ -101,12 +74,14 @@ def builder_of(model: str, **fields: Any) -> GPTModelBuilder:
     vocabulary = int(load_preset("k2-micro").value("vocab_size"))  # type: ignore[call-overload]
     common = dict(vocab_size=vocabulary, seq_length=64, position_embedding_type="rope")
     if "grouped" in model:
-        spec = grouped_query_spec(recording=model == "grouped")
-        fields["sequence_parallel"] = False  # upstream's local norm refuses it
         config = grouped_query_config(**fields)
+        spec = get_gpt_layer_local_spec(normalization="RMSNorm")
         return GPTModelBuilder(
-            GPTModelConfig(transformer=config, transformer_layer_spec=spec, **common)
-        )
+            GPTModelConfig(
+                transformer=config, **common,
+                transformer_layer_spec=get_grouped_query_block_spec if model == "grouped" else spec,
+            )
+        )  # fmt: skip
     if model == "prediction":
         fields |= dict(mtp_num_layers=1)
     config = preset_config("k2-micro", moe_enable_routing_replay=True, **fields)

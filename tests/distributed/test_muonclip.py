@@ -36,10 +36,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2-ep2-etp1-dp2": (4, layout(tp=2, ep=2, etp=1)),
     # Expert tensor parallelism is as wide as tensor parallelism where none is given (tp2-dp2).
     "tp2-ep2-etp2": (4, layout(tp=2, ep=2, etp=2)),
-    "tp2-etp4-dp2": (4, layout(tp=2, etp=4)),
     "tp2-pp2-ep2": (8, layout(tp=2, pp=2, ep=2, etp=1)),
     "vpp2-ep2": (4, layout(pp=2, ep=2, virtual_pipeline_model_parallel_size=2)),
 }
+MORE_LAYOUTS = {"one": (1, layout()), "tp2-etp4-dp2": (4, layout(tp=2, etp=4))}
 
 
 def merged(ranks: list[dict[str, Any]]) -> dict[str, np.ndarray]:
@@ -66,7 +66,7 @@ def digests(wholes: dict[str, np.ndarray]) -> dict[str, str]:
 
 
 def ranks_of(pool: Pool, name: str, **options: Any) -> list[dict[str, Any]]:
-    world_size, sizes = LAYOUTS[name] if name != "one" else (1, layout())
+    world_size, sizes = (LAYOUTS | MORE_LAYOUTS)[name]
     fields = {"k2_muon_rule": RULE, **options.pop("optimizer", {})}
     job = dict(layout=sizes, optimizer=fields, **options)
     return pool.run(STEPS, world_size, kwargs=dict(run=job), timeout_s=240)
@@ -117,7 +117,7 @@ def test_twenty_steps_are_those_of_one_process_bit_for_bit(
         ("tp2-pp2-ep2", dict(bf16=True, optimizer=dict(k2_muon_wire="bf16"))),
         ("dp4", dict(optimizer=dict(k2_muon_momentum="bf16", muon_coefficient_type="quintic"))),
         ("tp2-dp2", dict(model="grouped")),
-        ("tp2-dp2", dict(optimizer=dict(k2_muon_rule=OWN))),
+        ("tp2-etp4-dp2", dict(optimizer=dict(k2_muon_rule=OWN))),
     ],
     ids=[
         "part",
@@ -200,20 +200,54 @@ def test_the_clip_acts_and_only_on_query_and_key_projections(
     assert not any("momentum" in key for key in changed), "gradients were given"
 
 
+PREDICTION = dict(
+    model="prediction", num_steps=2, optimizer=dict(k2_log_optimizer_interval=2)
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def prediction(pool: Pool) -> dict[str, Any]:
+    """The run of one process with a layer of multi-token prediction."""
+    (alone,) = ranks_of(pool, "one", **PREDICTION)
+    return alone
+
+
 @pytest.mark.parametrize("name", ["pp2", "tp2-ep2-etp2"])
-def test_prediction_layers_do_not_depend_on_the_layout_and_their_heads_are_clipped(
-    pool: Pool, name: str
+def test_neither_prediction_layers_nor_what_is_logged_depend_on_the_layout(
+    pool: Pool, prediction: dict[str, Any], name: str
 ) -> None:
-    job = dict(model="prediction", num_steps=2)
-    ranks = ranks_of(pool, name, **job)
-    found, alone = merged(ranks), run(pool, "one", **job)
-    assert_same(found, alone)
+    ranks = ranks_of(pool, name, **PREDICTION)
+    assert_same(merged(ranks), merged([prediction]))
     assert sum(rank["matrices"] for rank in ranks) == 2 * (NUM_MATRICES + PREDICTION_MATRICES)
-    unclipped = run(pool, name, clip=False, **job)
-    changed = {key for key in found if not np.array_equal(found[key], unclipped[key])}
-    attention = "optimizer.state.param.mtp.layers.0.transformer_layer.self_attention."
-    clipped = {f"{attention}linear_{one}_up_proj.weight" for one in ("q", "kv")}
-    assert {key for key in changed if key.startswith("optimizer.state.param.mtp.")} == clipped
+    alone = prediction["report"]
+    for rank in ranks:  # sums over ranks and chunks may round differently, counts may not
+        assert rank["report"].keys() == alone.keys()
+        for tag, value in alone.items():
+            exact = "heads" in tag or "logit" in tag
+            assert rank["report"][tag] == pytest.approx(value, rel=0 if exact else 1e-5), tag
+
+
+def test_all_that_is_logged_is_there_and_of_the_size_that_it_should_be(
+    prediction: dict[str, Any],
+) -> None:
+    found = dict(prediction["report"])
+    for kind in ("attention", "mlp", "experts", "router"):
+        assert 0.1 < found.pop(f"k2/update-rms/{kind}") < 0.25, "0.2 but for what five steps leave"
+        assert 0.1 < found.pop(f"k2/orthogonality-residual/{kind}") < 0.7
+    assert 0 < found.pop("k2/heads-clipped") < 1 and found.pop("k2/heads-broken") == 0
+    assert list(found) == [f"k2/max-logit/layer-{number:02}" for number in range(1, 6)]
+
+
+def test_heads_of_prediction_layers_are_clipped(pool: Pool, prediction: dict[str, Any]) -> None:
+    clipped, unclipped = merged([prediction]), run(pool, "one", clip=False, **PREDICTION)
+    layer = "optimizer.state.param.mtp.layers.0."
+    changed = {
+        key.removeprefix(layer)
+        for key in clipped
+        if key.startswith(layer) and not np.array_equal(clipped[key], unclipped[key])
+    }
+    attention = "transformer_layer.self_attention."
+    assert changed == {f"{attention}linear_{one}_up_proj.weight" for one in ("q", "kv")}
 
 
 def test_attention_that_keeps_no_record_is_refused_not_left_unclipped(pool: Pool) -> None:
@@ -237,7 +271,7 @@ def test_attention_that_keeps_no_record_is_refused_not_left_unclipped(pool: Pool
 def test_after_a_step_at_rate_0_no_head_of_the_batch_exceeds_the_threshold(
     pool: Pool, name: str, model: str, bf16: bool, tolerance: float
 ) -> None:
-    world_size, sizes = LAYOUTS[name] if name != "one" else (1, layout())
+    world_size, sizes = (LAYOUTS | MORE_LAYOUTS)[name]
     job = dict(layout=sizes, model=model, bf16=bf16, optimizer=dict(lr=0.0))
     for rank in pool.run(FROZEN, world_size, kwargs=dict(run=job, heat=4000.0)):
         before, after = rank["before"], rank["after"]
@@ -255,26 +289,6 @@ def test_a_step_reads_nothing_back_from_the_device(pool: Pool, world_size: int) 
     assert found["num_operations"] > 100 and (found["num_clipped"] > 0) == (world_size < 8)
     assert (found["num_waves"] > 0) == (world_size > 1)
     assert found["reads"] == []
-
-
-@pytest.mark.parametrize(("name", "model"), [("pp2", "prediction"), ("tp2-ep2-etp2", "k2")])
-def test_what_is_logged_is_of_the_whole_model(pool: Pool, name: str, model: str) -> None:
-    """Sums over ranks and chunks, so rounding may differ; counts and maxima may not."""
-    job = dict(model=model, num_steps=2, optimizer=dict(k2_log_optimizer_interval=2))
-    alone = ranks_of(pool, "one", **job)[0]["report"]
-    layers = 4 + (model == "prediction")
-    assert [f"k2/max-logit/layer-{n:02}" in alone for n in range(1, 7)] == [
-        n <= layers for n in range(1, 7)
-    ]
-    for kind in ("attention", "mlp", "experts", "router"):
-        assert 0.1 < alone[f"k2/update-rms/{kind}"] < 0.25, "0.2 but for what five steps leave"
-        assert 0.1 < alone[f"k2/orthogonality-residual/{kind}"] < 0.7
-    assert 0 < alone["k2/heads-clipped"] < 1 and alone["k2/heads-broken"] == 0
-    for rank in ranks_of(pool, name, **job):
-        assert rank["report"].keys() == alone.keys()
-        for tag, value in alone.items():
-            exact = "heads" in tag or "logit" in tag
-            assert rank["report"][tag] == pytest.approx(value, rel=0 if exact else 1e-5), tag
 
 
 def test_the_count_of_reads_sees_them(pool: Pool) -> None:

@@ -19,7 +19,7 @@ FLOORS = {
     "layouts": 1,
     "inputs": 1,
     "upstream_errors": 1,
-    "fp8": 2,
+    "fp8": 1,
     "checkpoint": 2,
     "max_logit": 2,
     "parallel": 2,

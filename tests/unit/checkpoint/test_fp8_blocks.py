@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from megatron_k2.checkpoint import fp8_blocks
 from megatron_k2.checkpoint.fp8_blocks import BLOCK, EXACT_SCALES, num_blocks
+from megatron_k2.fp8 import host_kernels
 
 CODES = np.delete(np.arange(256, dtype=np.uint8), [0x7F, 0xFF])  # without NaN
 TINIEST = np.float32(2.0**-149)
@@ -21,6 +22,15 @@ SPECIAL_SCALES = np.float32(
     ]
 )  # fmt: skip
 """fp32's and bf16's edges, products that are ties, overflow, and both sides of the fast path."""
+
+
+@pytest.fixture(autouse=True, params=["compiled", "numpy"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every claim holds for the compiled kernels and for NumPy."""
+    if request.param == "numpy":
+        monkeypatch.setattr(host_kernels, "library", lambda: None)
+    else:
+        assert host_kernels.library() is not None, host_kernels.describe()
 
 
 def dequantised(bits: NDArray, scales: NDArray) -> NDArray:

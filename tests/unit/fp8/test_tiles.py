@@ -24,6 +24,17 @@ def test_the_compiler_of_this_machine_makes_the_kernels() -> None:
     assert host_kernels.library() is not None, host_kernels.describe()
 
 
+def test_the_kernels_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGATRON_K2_HOST_KERNELS", "off")
+    host_kernels.library.cache_clear()
+    try:
+        assert host_kernels.library() is None and "plain torch" in host_kernels.describe()
+        x = torch.randn(4, 200)
+        assert torch.equal(quantise_rows(x).scales, quantise_rows_plain(x).scales)
+    finally:
+        host_kernels.library.cache_clear()
+
+
 def assert_same(left: torch.Tensor, right: torch.Tensor) -> None:
     """Equal to the bit; any NaN equals any other."""
     assert torch.equal(left.isnan(), right.isnan())

@@ -203,21 +203,33 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_moe_layers_24_local_experts_take_less_than_60_operations():
-    """Upstream's loop over matrices takes 1,634 for the same layer."""
+@pytest.mark.parametrize(
+    ("width", "hidden", "batch_bytes", "most"),
+    [
+        (32, 48, BATCH_BYTES["cuda"], 60),  # one batch of all 72 matrices: the issue's bar
+        (256, 512, BATCH_BYTES["cpu"], 400),  # pieces of 8 matrices, the CPU's cache
+        # kimi-k2's own: 18 batches of 4 under a workspace of 4 GiB, symmetric products in blocks;
+        # two thirds of the operations make views.
+        (2048, 7168, BATCH_BYTES["cuda"], 9_500),
+        (2048, 7168, 5 << 30, 540),  # one batch of them, if a workspace of 80 GiB allowed it
+    ],
+)
+def test_operations_of_a_moe_layers_24_local_experts(width, hidden, batch_bytes, most):
+    """Upstream's loop over matrices takes 1,634 for the same layer, whatever its width."""
     layer = "decoder.layers.1.mlp.experts."
+    shapes = {"linear_fc1": (24, 2 * width, hidden), "linear_fc2": (24, hidden, width)}
     weights = {
-        f"{layer}linear_fc1.weight": torch.randn(24, 2 * 32, 48).requires_grad_(),
-        f"{layer}linear_fc2.weight": torch.randn(24, 48, 32).requires_grad_(),
+        f"{layer}{name}.weight": torch.empty(shape, device="meta").requires_grad_()
+        for name, shape in shapes.items()
     }
     optimizer = MuonClip.for_model(
-        weights.items(), kimi_rules(32, 16, 32), max_batch_bytes=BATCH_BYTES["cuda"]
+        weights.items(), kimi_rules(32, 16, 32), max_batch_bytes=batch_bytes
     )
     for weight in weights.values():
-        weight.grad = torch.randn_like(weight)
+        weight.grad = torch.empty_like(weight)
     with Operations() as operations:
         optimizer.step()
-    assert operations.count < 60
+    assert 0.9 * most < operations.count < most
 
 
 def test_state_is_adamws_less_one_moment_of_the_matrices():
