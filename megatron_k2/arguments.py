@@ -19,6 +19,7 @@ from megatron_k2 import compat, device
 from megatron_k2.checkpoint.errors import ConversionRefused
 from megatron_k2.checkpoint.hf.arguments import arguments_from_config
 from megatron_k2.checkpoint.hf.folder import read_json
+from megatron_k2.checkpoint.hf.model import text_config
 from megatron_k2.inputs import UsageError, check_data_files
 from megatron_k2.layouts import validate_layout
 from megatron_k2.presets import Preset, list_presets, load_preset
@@ -93,11 +94,13 @@ def add_k2_args(
     # Upstream divides by the evaluation interval and gives it no default; 1000 is its old one.
     parser.set_defaults(eval_interval=1000)
     name = device.flag_value("--k2-preset", argv)
-    if name is not None:
+    if name is not None and Path(name).is_dir():
+        parser.set_defaults(**_model_of("--k2-preset", name, parser))
+    elif name is not None:
         parser.set_defaults(**_preset_defaults(_load(name)))
     folder = device.flag_value("--k2-load-hf", argv)
     if folder is not None:
-        parser.set_defaults(**_model_of(folder, parser))
+        parser.set_defaults(**_model_of("--k2-load-hf", folder, parser))
     where = device.resolve_device(device.flag_value("--k2-device", argv) or "auto")
     if where == "cpu":
         parser.set_defaults(**_HOST_DEFAULTS)
@@ -107,7 +110,17 @@ def add_k2_args(
         precision = device.flag_value("--k2-precision", argv) or "auto"
         parser.set_defaults(bf16=_is_bf16(precision, where))
     parser.set_defaults(k2_explicit=tuple(sorted(explicit)))
+    _mend_help_(parser)
     return parser
+
+
+def _mend_help_(parser: argparse.ArgumentParser) -> None:
+    """Escape upstream's help texts that hold a bare per cent sign, on which --help would fail."""
+    for action in parser._actions:
+        try:
+            (action.help or "") % vars(action)
+        except (ValueError, TypeError, KeyError):
+            action.help = (action.help or "").replace("%", "%%")
 
 
 def _refuse_arguments(message: str) -> NoReturn:
@@ -120,7 +133,10 @@ def _refuse_arguments(message: str) -> NoReturn:
 def _add_run_args(group: Any) -> None:
     """Add what says which model runs where and how."""
     group.add_argument(
-        "--k2-preset", metavar="NAME", help=f"Model preset: {', '.join(list_presets())}."
+        "--k2-preset",
+        metavar="NAME",
+        help=f"Model preset: {', '.join(list_presets())}; or a folder: a Hugging Face model's, or "
+        "one that convert_checkpoint.py wrote.",
     )
     group.add_argument(
         "--k2-device",
@@ -314,6 +330,7 @@ def validate_k2_args(args: argparse.Namespace) -> None:
         args.use_persistent_ckpt_worker = True
         if "async_strategy" not in args.k2_explicit:
             args.async_strategy = "mcore"
+    _validate_folder(args)
     _validate_layers(args)
     _validate_experts(args)
     _validate_muonclip(args)
@@ -326,6 +343,18 @@ def validate_k2_args(args: argparse.Namespace) -> None:
     args.k2_delay_wgrad_compute = args.delay_wgrad_compute
     if args.transformer_impl == "local":
         args.delay_wgrad_compute = False
+
+
+def _validate_folder(args: argparse.Namespace) -> None:
+    """Refuse a vocabulary that has more rows than the folder's."""
+    if not args.k2_load_hf or not args.vocab_size:
+        return
+    rows = text_config(read_json(Path(args.k2_load_hf) / "config.json")).get("vocab_size")
+    if rows is not None and args.vocab_size > rows:
+        raise UsageError(
+            f"--vocab-size {args.vocab_size}: --k2-load-hf {args.k2_load_hf} has {rows} rows; the "
+            "others would stay zero"
+        )
 
 
 def _validate_layers(args: argparse.Namespace) -> None:
@@ -416,13 +445,18 @@ def _preset_defaults(preset: Preset) -> dict[str, Any]:
     return {"spec": list(SPEC), "exit_signal_handler": True, **defaults}
 
 
-def _model_of(folder: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """Return the arguments that a Hugging Face folder's config.json gives, as defaults."""
+def _model_of(flag: str, folder: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """Return the arguments that a folder's config.json gives, as defaults.
+
+    Beside a converted checkpoint it lies in ``release/hf``.
+    """
+    places = (Path(folder), Path(folder) / "hf", Path(folder) / "release" / "hf")
+    place = next((one for one in places if (one / "config.json").is_file()), places[0])
     try:
-        config = read_json(Path(folder) / "config.json")
+        config = read_json(place / "config.json")
         found = arguments_from_config(config)
     except ConversionRefused as error:
-        raise UsageError(f"--k2-load-hf {folder}: {error}") from error
+        raise UsageError(f"{flag} {folder}: {error}") from error
     known = {action.dest for action in parser._actions}
     values = {dest: value for dest, value in found.items() if dest in known}
     for dest in (

@@ -84,9 +84,13 @@ def to_hf(source: Path, target: Path, options: Options, workers: int, quiet: boo
     """Convert a Megatron checkpoint into a Hugging Face folder; return it.
 
     Raises:
-        ConversionRefused: the source does not fit, or the target exists.
+        ConversionRefused: the source does not fit or is not what its manifest says, or the target
+            exists.
     """
-    convert(_plan_to_hf(source, options), target, workers, quiet)
+    made = _plan_to_hf(source, options)
+    problems = intact.verify_manifest_if_any(dist_folder.resolve(source))
+    refuse(problems, f"{source} is damaged")
+    convert(made, target, workers, quiet)
     return target
 
 

@@ -165,6 +165,11 @@ def verify_manifest(
     return [p for name in names if (p := _problem(directory / name, files[name], level))]
 
 
+def verify_manifest_if_any(directory: Path) -> list[str]:
+    """Return what is wrong with the files of a manifest; nothing where there is none."""
+    return verify_manifest(directory) if (directory / MANIFEST).is_file() else []
+
+
 def made_by(directory: Path) -> dict[str, Any]:
     """Return what a directory's manifest says made it; empty if it does not."""
     try:

@@ -6,8 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_k2.checkpoint.fp8_blocks import F32
 from megatron_k2.checkpoint.hf.source import HFSource
 from megatron_k2.checkpoint.stream.direct_io import Buffer, Inputs
+from megatron_k2.checkpoint.stream.kernels import NUMPY
 from megatron_k2.checkpoint.stream.units import as_matrix
 from megatron_k2.checkpoint.stream.worker import convert
 from megatron_k2.checkpoint.torch_dist.source import MegatronSource
@@ -57,6 +59,16 @@ class TensorReader:
         """Return a whole tensor in its own shape."""
         shape = self._shapes[name]
         return self.rows(name, 0, as_matrix(shape)[0], dtype).view(shape)
+
+    def scales(self, name: str) -> F32:
+        """Return the fp32 scales of an FP8 weight of a Hugging Face folder, [blocks, blocks]."""
+        assert isinstance(self.source, HFSource)
+        matrix = self.source.weights[name].inputs[1]
+        data = self._inputs.read(matrix, Buffer())
+        found = np.frombuffer(data, NUMPY[matrix.dtype]).reshape(matrix.rows, matrix.columns)
+        if matrix.dtype == "BF16":
+            return np.left_shift(found.astype(np.uint32), 16).view(np.float32)
+        return found.astype(np.float32)
 
     def close(self) -> None:
         """Close all files."""

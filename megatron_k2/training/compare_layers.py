@@ -4,22 +4,27 @@ time.
 transformers' DeepseekV3 layers with the folder's weights, and K2's own layers with what
 ``megatron.core.dist_checkpointing`` loads, on the CPU in fp32. Each side goes on from its own
 hidden states, so that the last line is the difference of the logits. Where the folder holds a
-weight in bf16 and the checkpoint in fp32, ours is rounded as it was when it was exported.
+weight in bf16 or FP8, ours is rounded as it was when it was exported: to bf16, or to e4m3 with the
+folder's scales.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from megatron_k2.checkpoint import fp8_blocks
 from megatron_k2.checkpoint.hf.arguments import arguments_from_config, rope_scaling, rope_theta
 from megatron_k2.checkpoint.hf.model import text_config
 from megatron_k2.checkpoint.hf.source import HFSource, open_source
+from megatron_k2.checkpoint.names import Region
 from megatron_k2.checkpoint.tensors import TensorReader
 from megatron_k2.checkpoint.torch_dist import folder as dist_folder
 
@@ -36,6 +41,7 @@ def compare(left: Path, right: Path, tokens: int) -> float:
         right: the other.
         tokens: of the trial text.
     """
+    warnings.simplefilter("ignore")  # upstream's, on Transformer Engine and apex
     hugging_face, megatron = (right, left) if dist_folder.is_checkpoint(left) else (left, right)
     worst = 0.0
     for name, difference in differences(hugging_face, dist_folder.resolve(megatron), tokens):
@@ -61,7 +67,7 @@ def differences(hugging_face: Path, megatron: Path, tokens: int) -> Iterator[tup
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, source.shape.vocab_size, (tokens,), generator=generator)
     embeddings = [reader.rows("model.embed_tokens.weight", i, i + 1, "F32") for i in ids.tolist()]
-    load = _Loader(megatron, source)
+    load = _Loader(megatron, reader)
     with _SingleProcess():
         theirs = torch.cat(embeddings).unsqueeze(0)
         ours = load(_embedding(config), "embedding.").word_embeddings(ids.unsqueeze(0))
@@ -173,10 +179,14 @@ def _final_norm(config: Any) -> Any:
 class _Loader:
     """Fills modules as Megatron does, from the global tensors under a prefix."""
 
-    def __init__(self, folder: Path, source: HFSource) -> None:
-        self._folder = str(folder)
-        weights = source.weights
-        self._bf16 = {r.key for r in source.regions if weights[r.name].stored == "BF16"}
+    def __init__(self, folder: Path, reader: TensorReader) -> None:
+        assert isinstance(reader.source, HFSource)
+        self._folder, self._reader = str(folder), reader
+        self._stored = {name: one.stored for name, one in reader.source.weights.items()}
+        self._regions: dict[str, list[Region]] = {}
+        for region in reader.source.regions:
+            if self._stored[region.name] in ("BF16", "F8_E4M3"):
+                self._regions.setdefault(region.key, []).append(region)
 
     def __call__(self, module: Any, prefix: str) -> Any:
         """Load one module; return it."""
@@ -208,10 +218,27 @@ class _Loader:
         loaded = dist_checkpointing.load(
             {"part": described}, self._folder, validate_access_integrity=False
         )
-        return self._as_exported(key, loaded["part"])
+        found: Tensor = loaded["part"]
+        return found.bfloat16().float() if key in self._regions else found
 
     def _as_exported(self, key: str, value: Any) -> Any:
-        return value.bfloat16().to(value.dtype) if key in self._bf16 else value
+        """Return a whole global tensor as the folder could hold it."""
+        for region in self._regions.get(key, ()):
+            ends = map(sum, zip(region.offset, region.size, strict=True))
+            own = value[tuple(map(slice, region.offset, ends))]
+            rounded = own.bfloat16()
+            if self._stored[region.name] == "F8_E4M3":
+                rounded = self._through_fp8(region.name, rounded.reshape(region.shape))
+            own.copy_(rounded.view(own.shape))
+        return value
+
+    def _through_fp8(self, name: str, value: Tensor) -> Tensor:
+        scales = self._reader.scales(name)
+        bits = value.contiguous().view(torch.int16).numpy().view(np.uint16)
+        packed, found = np.empty(bits.shape, np.uint8), np.empty_like(bits)
+        fp8_blocks.quantise(bits, scales, packed)
+        fp8_blocks.dequantise(packed, scales, found)
+        return torch.from_numpy(found.view(np.int16)).view(torch.bfloat16)
 
 
 def _logits(reader: TensorReader, load: _Loader, theirs: Tensor, ours: Tensor) -> float:

@@ -196,6 +196,12 @@ def _verify(arguments: argparse.Namespace) -> int:
         tokenizer=Path(tokenizer) if tokenizer else None,
         shard_bytes=made_by.get("shard_bytes", 0),
     )
+    is_megatron = dist_folder.is_checkpoint(arguments.target)
+    if is_megatron == dist_folder.is_checkpoint(arguments.source):
+        raise ConversionRefused(
+            f"{arguments.target}: of the same kind as {arguments.source}; verify compares a "
+            "Hugging Face folder with a Megatron checkpoint, in the order of the conversion"
+        )
     problems = verify(conversions.plan(arguments.source, options), target)
     for problem in problems[:20]:
         print(f"wrong: {problem}")

@@ -356,3 +356,40 @@ def test_what_muonclip_cannot_do_is_refused_by_flag(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         validated(monkeypatch, *MUONCLIP, *flags)
+
+
+def test_help_of_all_flags_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Upstream's own texts hold a bare per cent sign, on which argparse fails."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    assert "--k2-load-hf" in parser.format_help()
+
+
+@pytest.fixture
+def release(tmp_path: Path) -> Path:
+    from tests.unit.checkpoint.hf_models import make_folder
+
+    return make_folder(tmp_path / "hf", fp8=True)
+
+
+def test_a_converted_checkpoint_names_its_own_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, release: Path
+) -> None:
+    from megatron_k2.checkpoint import conversions
+
+    conversions.to_megatron(release, tmp_path / "out", conversions.Options(), 1, quiet=True)
+    for folder in (release, tmp_path / "out", tmp_path / "out" / "release"):
+        args = validated(monkeypatch, "--k2-preset", str(folder))
+        assert (args.num_layers, args.num_experts, args.kv_lora_rank) == (3, 8, 48)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match=r"--k2-preset .*config.json: not there"):
+        parse(monkeypatch, "--k2-preset", str(tmp_path / "empty"))
+
+
+def test_a_larger_vocabulary_than_the_folders_is_refused(
+    monkeypatch: pytest.MonkeyPatch, release: Path
+) -> None:
+    validated(monkeypatch, "--k2-load-hf", str(release), "--vocab-size", "300")
+    with pytest.raises(UsageError, match=r"--vocab-size 301: --k2-load-hf .* has 300 rows"):
+        validated(monkeypatch, "--k2-load-hf", str(release), "--vocab-size", "301")
