@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from megatron.core.utils import get_model_config
@@ -41,19 +42,38 @@ def refuse_unsupported(config: MuonClipConfig, model_chunks: Chunks) -> None:
     for what, found in refused.items():
         if found:
             raise ValueError(f"--optimizer muonclip does not support {what}")
+    model_config = get_model_config(model_chunks[0])
+    _refuse_layouts(model_config)
     if config.k2_qk_clip:
-        if not 0 < config.qk_clip_alpha < 1:
-            raise ValueError(f"--qk-clip-alpha {config.qk_clip_alpha} must lie between 0 and 1")
-        model_config = get_model_config(model_chunks[0])
-        if not model_config.multi_latent_attention and (
-            model_config.qk_layernorm or model_config.qk_l2_norm
-        ):
-            raise ValueError(
-                "--qk-layernorm norms each query and key after linear_qkv, which bounds the "
-                "logits and undoes any clip of its rows; give --no-k2-qk-clip"
-            )
+        _refuse_blind_clip(config, model_config)
         for chunk in model_chunks:
             refuse_unrecorded(chunk)
+
+
+def _refuse_layouts(model_config: Any) -> None:
+    """Refuse weights that hold several matrices in an order that no rule cuts."""
+    refused = {
+        "--attention-output-gate": getattr(model_config, "attention_output_gate", False),
+        "--moe-mlp-glu-interleave-size": getattr(model_config, "moe_mlp_glu_interleave_size", None),
+        "--moe-shared-expert-glu-interleave-size":
+            getattr(model_config, "moe_shared_expert_glu_interleave_size", None),
+    }  # fmt: skip
+    for flag, found in refused.items():
+        if found:
+            raise ValueError(f"--optimizer muonclip does not know the matrices of {flag}")
+
+
+def _refuse_blind_clip(config: MuonClipConfig, model_config: Any) -> None:
+    """Refuse a clip that cannot do what it says."""
+    if not 0 < config.qk_clip_alpha < 1:
+        raise ValueError(f"--qk-clip-alpha {config.qk_clip_alpha} must lie between 0 and 1")
+    if not model_config.multi_latent_attention and (
+        model_config.qk_layernorm or model_config.qk_l2_norm
+    ):
+        raise ValueError(
+            "--qk-layernorm norms each query and key after linear_qkv, which bounds the logits "
+            "and undoes any clip of its rows; give --no-k2-qk-clip"
+        )
 
 
 def refuse_unrecorded(model_chunk: torch.nn.Module) -> None:

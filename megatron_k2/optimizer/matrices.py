@@ -142,6 +142,14 @@ def model_rules(config: Any, split: Split = "whole", split_qkv: bool = True) -> 
     Raises:
         ValueError: unknown ``split``.
     """
+    rules = _attention_rules(config, split, split_qkv)
+    if config.gated_linear_unit:
+        return rules
+    return (Rule("*.linear_fc1.weight*", "muon", why="up projection, no gate"), *rules)
+
+
+def _attention_rules(config: Any, split: Split, split_qkv: bool) -> tuple[Rule, ...]:
+    """Return a model's rules, its feed-forward taken for gated."""
     if config.multi_latent_attention:
         rules = kimi_rules(config.qk_head_dim, config.qk_pos_emb_head_dim, config.v_head_dim, split)
         if config.q_lora_rank is None:

@@ -103,19 +103,21 @@ class OptimizerState:
             for one in extent:
                 count *= one
             moved = [a + b for a, b in zip(offset[prepended:], where, strict=True)]
+            # The axis of layers that upstream prepends where all layers are alike becomes an axis
+            # of the piece: upstream writes a piece off the grid without its prepended axes.
+            whole = (*[1] * prepended, *extent)
             for name, flat in state.items():
-                place = flat.detach().view(-1)[position : position + count].view(extent)
+                place = flat.detach().view(-1)[position : position + count].view(whole)
                 key = f"optimizer.state.{name}.{part.key}"
                 tensor = ShardedTensor(
                     key,
                     place,
                     place.dtype,
-                    extent,
+                    whole,
                     part.global_shape,
                     (*offset[:prepended], *moved),
                     axis_fragmentations=None,
                     replica_id=(*part.replica_id[:2], 0),  # type: ignore[index,misc]
-                    prepend_axis_num=prepended,
                     allow_shape_mismatch=part.allow_shape_mismatch,
                 )
                 self.tensors.setdefault(key, []).append(tensor)

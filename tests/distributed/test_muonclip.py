@@ -227,6 +227,21 @@ def test_neither_prediction_layers_nor_what_is_logged_depend_on_the_layout(
             assert rank["report"][tag] == pytest.approx(value, rel=0 if exact else 1e-5), tag
 
 
+def test_prediction_layers_resume(pool: Pool, prediction: dict[str, Any], tmp_path: Path) -> None:
+    """The last of two stages has a copy of the embedding; the checkpoint has one."""
+    half = PREDICTION | dict(num_steps=1)
+    run(pool, "pp2", save=str(tmp_path), **half)
+    found = run(pool, "one", first_step=1, load=str(tmp_path), **half)
+    assert_same(found, merged([prediction]))
+
+
+def test_a_model_whose_layers_are_alike_resumes(pool: Pool, tmp_path: Path) -> None:
+    """Upstream gives tensors of like layers an axis of layers in the checkpoint."""
+    run(pool, "tp2-dp2", model="grouped", num_steps=1, save=str(tmp_path))
+    found = run(pool, "pp2", model="grouped", first_step=1, num_steps=1, load=str(tmp_path))
+    assert_same(found, run(pool, "one", model="grouped", num_steps=2))
+
+
 def test_all_that_is_logged_is_there_and_of_the_size_that_it_should_be(
     prediction: dict[str, Any],
 ) -> None:

@@ -144,3 +144,27 @@ def test_weights_and_shards_are_as_asked(
         assert convert.main(["verify", str(tmp_path / "m"), str(out)]) == 0
     assert convert.main(["to-hf", str(tmp_path / "m"), str(tmp_path / "x"), "--scales=original",
                          "--weights=bf16"]) == 2  # fmt: skip
+
+
+def test_a_damaged_checkpoint_is_not_exported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = make_small(tmp_path / "hf", fp8=True)
+    assert convert.main(["to-megatron", str(source), str(tmp_path / "m"), "--quiet"]) == 0
+    weights = tmp_path / "m" / "release" / "__0_0.distcp"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    assert convert.main(["to-hf", str(tmp_path / "m"), str(tmp_path / "out"), "--quiet"]) == 2
+    assert "__0_0.distcp: checksum" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_folders_of_one_kind_are_not_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = make_small(tmp_path / "hf")
+    assert convert.main(["to-megatron", str(source), str(tmp_path / "m"), "--quiet"]) == 0
+    assert convert.main(["to-hf", str(tmp_path / "m"), str(tmp_path / "back"), "--quiet"]) == 0
+    assert convert.main(["verify", str(source), str(tmp_path / "back")]) == 2
+    assert "of the same kind as" in capsys.readouterr().err

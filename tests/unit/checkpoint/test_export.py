@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_k2.checkpoint import conversions
+from megatron_k2.checkpoint.conversions import Options
 from megatron_k2.checkpoint.errors import ConversionRefused
 from megatron_k2.checkpoint.hf.arguments import arguments_from_config, config_from_arguments
 from megatron_k2.checkpoint.hf.folder import read_json
@@ -184,6 +186,16 @@ class TestCompareLayers:
         there(source, tmp_path / "megatron")
         assert compare(source, tmp_path / "megatron", tokens=24) <= TOLERANCE
         assert compare(tmp_path / "megatron", source, tokens=24) <= TOLERANCE
+
+    @pytest.mark.parametrize(("dtype", "weights"), [("source", "fp8"), ("fp32", "bf16")])
+    def test_a_rounded_export_is_compared_as_it_was_rounded(
+        self, tmp_path: Path, dtype: str, weights: str
+    ) -> None:
+        source = make_folder(tmp_path / "hf", True, **SMALL)
+        conversions.to_megatron(source, tmp_path / "m", Options(dtype=dtype), 1, quiet=True)
+        options = Options(weights=weights, scales="fresh", like=source)
+        conversions.to_hf(tmp_path / "m", tmp_path / "out", options, 1, quiet=True)
+        assert compare(tmp_path / "m", tmp_path / "out", tokens=24) <= TOLERANCE
 
     def test_int4_wrapper_is_within_the_tolerance(self, tmp_path: Path) -> None:
         source, _, _ = wrapped_folder(tmp_path / "hf")

@@ -45,6 +45,8 @@ class Chunk(torch.nn.Module):
         ("--k2-muon-backend triton without a GPU", {"k2_muon_backend": "triton"}, {}, {}),
         ("--k2-log-optimizer-interval below 0", {"k2_log_optimizer_interval": -1}, {}, {}),
         ("--qk-clip-alpha 1.0 must lie", {"qk_clip_alpha": 1.0}, {}, {}),
+        ("matrices of --attention-output-gate", {}, {}, {"attention_output_gate": True}),
+        ("matrices of --moe-mlp-glu", {}, {}, {"moe_mlp_glu_interleave_size": 32}),
         ("--qk-layernorm .*--no-k2-qk-clip", {}, {}, {"multi_latent_attention": False}),
     ],
 )  # fmt: skip

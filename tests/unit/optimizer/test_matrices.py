@@ -87,7 +87,7 @@ def test_fused_down_projections_are_two_matrices_on_every_tensor_parallel_rank(
     """--mla-down-proj-fusion, kimi-k2's widths: 1536 query rows and 512 + 64 key-value rows."""
     config = SimpleNamespace(
         multi_latent_attention=True, qk_head_dim=128, qk_pos_emb_head_dim=64, v_head_dim=128,
-        q_lora_rank=1536, kv_lora_rank=512,
+        q_lora_rank=1536, kv_lora_rank=512, gated_linear_unit=True,
     )  # fmt: skip
     name = LAYER + "self_attention.linear_qkv_down_proj.weight"
     found = assign(name, (rows, 7168), model_rules(config)).matrices
@@ -105,10 +105,14 @@ def test_fused_down_projections_are_two_matrices_on_every_tensor_parallel_rank(
 )
 def test_grouped_query_projections_are_apart_unless_asked_otherwise(options, matrices):
     config = SimpleNamespace(
-        multi_latent_attention=False, kv_channels=3, num_attention_heads=4, num_query_groups=2
-    )
+        multi_latent_attention=False, kv_channels=3, num_attention_heads=4, num_query_groups=2,
+        gated_linear_unit=False,
+    )  # fmt: skip
+    rules = model_rules(config, **options)
     name = LAYER + "self_attention.linear_qkv.weight"
-    assert assign(name, (24, 9), model_rules(config, **options)).matrices == matrices
+    assert assign(name, (24, 9), rules).matrices == matrices
+    up = assign(LAYER + "mlp.linear_fc1.weight", (20, 9), rules)
+    assert up.matrices == ((1, 20, 9),), "without a gate there is one matrix"
 
 
 def test_layers_of_multi_token_prediction_are_known():
