@@ -26,8 +26,14 @@ lint: setup
 	$(PYTHON_VENV) -m ruff format --check .
 	$(PYTHON_VENV) -m mypy
 
+# The tests of several processes beside all others: each leaves cores idle while it waits.
+PYTEST := $(PYTHON_VENV) -m pytest -x -q -rs --durations=10
 test: lint
-	$(PYTHON_VENV) -m pytest -x -q -rs --durations=10
+	@log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \
+	$(PYTEST) --ignore=tests/distributed >"$$log" 2>&1 & others=$$!; \
+	echo "tests/distributed, and beside it all other tests, shown when both are done"; \
+	$(PYTEST) tests/distributed; first=$$?; wait $$others; second=$$?; \
+	cat "$$log"; exit $$((first | second))
 
 evidence: setup
 	$(PYTHON_VENV) -m pytest -q -rs --durations=10 -m evidence

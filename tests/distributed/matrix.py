@@ -14,9 +14,11 @@ decides whether two runs agree to 1e-6 or to 1e-5 of the norm.
 from __future__ import annotations
 
 import random
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 
 NUM_SEQUENCES = 8  # of a step, over all data-parallel ranks
@@ -30,6 +32,11 @@ def microbatch_orders() -> list[tuple[int, ...]]:
     for order in orders:
         shuffle(order)
     return [tuple(order) for order in orders]
+
+
+def evidence_apart(names: Iterable[str], heavy: Collection[str]) -> list[Any]:
+    """Return names as pytest's parameters; the heavy ones run in `make evidence` only."""
+    return [pytest.param(n, marks=[pytest.mark.evidence] if n in heavy else []) for n in names]
 
 
 SPREADS_ALLOWED = 4.0  # the issue's bar

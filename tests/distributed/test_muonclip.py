@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.distributed.matrix import evidence_apart
 from tests.distributed.matrix import layout_of as layout
 from tests.distributed.pool import JobFailed, Pool
 
@@ -39,6 +40,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2-pp2-ep2": (8, layout(tp=2, pp=2, ep=2, etp=1)),
     "vpp2-ep2": (4, layout(pp=2, ep=2, virtual_pipeline_model_parallel_size=2)),
 }
+HEAVY = ("dp2", "dp8", "tp4", "ep4", "pp2", "tp2-ep2-etp1-dp2")  # others contain them
 MORE_LAYOUTS = {"one": (1, layout()), "tp2-etp4-dp2": (4, layout(tp=2, etp=4))}
 
 
@@ -95,7 +97,7 @@ NUM_MATRICES = 4 * 5 + 3 + 3 * (1 + 3 + 8 * 3)
 PREDICTION_MATRICES = 1 + 5 + (1 + 3 + 8 * 3)  # its projection, attention and experts
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", evidence_apart(LAYOUTS, HEAVY))
 def test_twenty_steps_are_those_of_one_process_bit_for_bit(
     pool: Pool, one: dict[str, np.ndarray], name: str
 ) -> None:
