@@ -88,7 +88,10 @@ def to_hf(source: Path, target: Path, options: Options, workers: int, quiet: boo
             exists.
     """
     made = _plan_to_hf(source, options)
-    problems = intact.verify_manifest_if_any(dist_folder.resolve(source))
+    folder = dist_folder.resolve(source)
+    problems = intact.verify_manifest_if_any(folder)
+    if not (folder / BESIDE).exists():  # somebody removed it: the weights are whole without
+        problems = [one for one in problems if not one.startswith(f"{folder / BESIDE}/")]
     refuse(problems, f"{source} is damaged")
     convert(made, target, workers, quiet)
     return target
