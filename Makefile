@@ -8,7 +8,7 @@ export PYTHON
 
 help:
 	@echo "make pretrain    train k2-nano on real text: INPUT=file.jsonl OUT=folder MINUTES=3"
-	@echo "make test        ruff, mypy and the tests (about 13 minutes on 2 slow cores)"
+	@echo "make test        ruff, mypy and the tests"
 	@echo "make evidence    the heavy proofs that make test leaves out"
 	@echo "make bench       every bench of tools/bench"
 	@echo "make setup       only .venv;  PYTHON=/path/to/python3.12 names the interpreter"

@@ -1,7 +1,7 @@
 """Reads and writes pickles by the names in them: every class and function is an inert record.
 
 ``.metadata`` and torch.save's ``data.pkl`` are pickles; loading a stranger's with ``pickle`` runs
-what it says, and importing torch to write one costs 4 s and 350 MB. Here a global is a ``Record``
+what it says, and importing torch to write one costs seconds. Here a global is a ``Record``
 class named after it, which keeps its arguments and state and is written as it was read.
 """
 
