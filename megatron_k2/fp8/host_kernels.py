@@ -1,6 +1,6 @@
 """The host's kernels for e4m3 tiles: ``host_kernels.c``, compiled once a machine.
 
-The machine's own C compiler makes a library of it in half a second, kept under
+The machine's own C compiler makes a library of it in about a second, kept under
 ``$XDG_CACHE_HOME/megatron_k2`` by the hash of source, compiler and processor; several processes may
 do so at once. Where there is no compiler, or ``MEGATRON_K2_HOST_KERNELS=off``, the callers compute
 the same bits in plain torch or NumPy, many times slower, and ``describe`` says so. Imports neither.
