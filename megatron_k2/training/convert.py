@@ -1,7 +1,7 @@
 """``tools/convert_checkpoint.py``: Hugging Face <-> Megatron checkpoints, streaming and exact.
 
 For every DeepSeek-V3-shaped model: Kimi K2, K2-0905, Moonlight, DeepSeek-V3. Needs no GPU, builds
-no model and runs no remote code; memory is bounded by workers times the largest piece (64 MB).
+no model and runs no remote code; memory is bounded by workers times the largest piece (32 MB).
 
 examples:
   # what would happen: tensors, bytes, disk, time; every problem at once

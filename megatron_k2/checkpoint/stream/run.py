@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -137,7 +138,7 @@ def _work_apart(
 ) -> None:
     """Hand out units to processes, each the next when it has taken the last."""
     crew = {pipe: process for pipe, process in (start(folder) for _ in range(workers))}
-    queue = iter(todo)
+    queue = _Queue([(index, plan.units[index].path) for index in todo])
     try:
         while crew:
             for pipe in wait(list(crew)):
@@ -145,7 +146,7 @@ def _work_apart(
                 try:
                     message = pipe.recv()
                     if message is None:
-                        index = next(queue, None)
+                        index = queue.next_for(pipe)
                         pipe.send(None if index is None else (index, plan.units[index]))
                 except (EOFError, OSError):  # cut off within a message, or before the answer
                     _dismiss(crew.pop(pipe))
@@ -160,6 +161,36 @@ def _work_apart(
             process.kill()
         for process in crew.values():
             process.wait()
+
+
+class _Queue:
+    """Units by output file: a worker stays in one of its own while there is one.
+
+    Two writers of one file wait for its lock in turn, and either's writes are no longer sequential.
+    """
+
+    def __init__(self, todo: list[tuple[int, str]]) -> None:
+        self._left: dict[str, deque[int]] = {}
+        for index, path in todo:
+            self._left.setdefault(path, deque()).append(index)
+        self._at: dict[Connection, str] = {}
+
+    def next_for(self, worker: Connection) -> int | None:
+        """Return a worker's next unit; None when all are handed out."""
+        path = self._at.get(worker, "")
+        if path not in self._left:
+            free = [other for other in self._left if other not in self._at.values()]
+            path = next(iter(free), "") or max(self._left, key=self._count, default="")
+        if not path:
+            return None
+        self._at[worker] = path
+        index = self._left[path].popleft()
+        if not self._left[path]:
+            del self._left[path]
+        return index
+
+    def _count(self, path: str) -> int:
+        return len(self._left[path])
 
 
 def _dismiss(process: subprocess.Popen) -> None:

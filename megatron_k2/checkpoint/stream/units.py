@@ -17,7 +17,7 @@ PAGE_BYTES = 4096
 """Direct I/O needs addresses, offsets and lengths in multiples of a block: at most this."""
 UNIT_BYTES = 32 << 20
 """Small tensors share a unit up to here: few journal entries, long sequential writes."""
-PART_BYTES = 64 << 20
+PART_BYTES = 32 << 20
 """Larger tensors are cut by rows: a vocabulary of 163,840 x 7,168 is 2.3 GB in bf16."""
 
 
