@@ -4,11 +4,12 @@ SHELL := /bin/bash
 PYTHON_VENV := .venv/bin/python
 export PYTHON
 
-.PHONY: help setup pretrain test evidence bench format lint docs-check clean
+.PHONY: help setup pretrain test test-te evidence bench format lint docs-check clean
 
 help:
 	@echo "make pretrain    train k2-nano on real text: INPUT=file.jsonl OUT=folder MINUTES=3"
 	@echo "make test        ruff, mypy and the tests"
+	@echo "make test-te     the tests of tests/te, in .venv-te with Transformer Engine (MAX_JOBS=1)"
 	@echo "make evidence    the heavy proofs that make test leaves out"
 	@echo "make bench       every bench of tools/bench"
 	@echo "make setup       only .venv;  PYTHON=/path/to/python3.12 names the interpreter"
@@ -35,6 +36,11 @@ test: lint
 	$(PYTEST) tests/distributed; first=$$?; wait $$others; second=$$?; \
 	cat "$$log"; exit $$((first | second))
 
+# Transformer Engine's real modules, without a GPU: needs nvcc, and a long first time.
+test-te: setup
+	@tools/setup_te.sh
+	.venv-te/bin/python -m pytest -q -rs --durations=5 tests/te
+
 evidence: setup
 	$(PYTHON_VENV) -m pytest -q -rs --durations=10 -m evidence
 
@@ -51,4 +57,4 @@ docs-check: setup
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +

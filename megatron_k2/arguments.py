@@ -1,4 +1,4 @@
-"""K2's flags beside Megatron's own, and the presets laid under both.
+"""Presets laid under Megatron's arguments and K2's (flags.py), and the checks of both.
 
 ``--k2-preset`` only changes defaults: argparse then lets any explicit flag win. Contradictions are
 refused before Megatron's own asserts, with both values and the flag to change. Megatron's flags
@@ -20,13 +20,20 @@ from megatron_k2.checkpoint.errors import ConversionRefused
 from megatron_k2.checkpoint.hf.arguments import arguments_from_config
 from megatron_k2.checkpoint.hf.folder import read_json
 from megatron_k2.checkpoint.hf.model import text_config
+from megatron_k2.flags import (
+    MUONCLIP,
+    add_model_flags,
+    add_optimizer_flags,
+    add_run_flags,
+    add_yarn_flags,
+)
+from megatron_k2.fp8.scope import check_emulated
 from megatron_k2.inputs import UsageError, check_data_files
 from megatron_k2.layouts import validate_layout
 from megatron_k2.presets import Preset, list_presets, load_preset
 
 SPEC = ("megatron_k2.model.specs", "get_k2_decoder_block_spec")
 
-MUONCLIP = "muonclip"
 MUONCLIP_DEFAULTS: dict[str, Any] = {
     # Kimi K2 (arXiv 2507.20534, section 2.5) and Moonlight (arXiv 2502.16982, section 2).
     "weight_decay": 0.1,
@@ -57,7 +64,7 @@ _HOST_DEFAULTS: dict[str, Any] = {
 _GPU_ONLY: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("distributed_backend", ("gloo",), "--distributed-backend"),
     ("transformer_impl", ("local",), "--transformer-impl"),
-    ("fp8", (None, False), "--fp8-format"),
+    ("fp8_param_gather", (False,), "--fp8-param-gather"),
     ("fp4", (None, False), "--fp4-format"),
     ("tp_comm_overlap", (False,), "--tp-comm-overlap"),
     ("context_parallel_size", (1,), "--context-parallel-size"),
@@ -83,10 +90,10 @@ def add_k2_args(
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     group = parser.add_argument_group(title="k2")
-    _add_run_args(group)
-    _add_model_args(group)
-    _add_yarn_args(group)
-    _add_optimizer_args(parser)
+    add_run_flags(group)
+    add_model_flags(group)
+    add_yarn_flags(group)
+    add_optimizer_flags(parser)
     if device.flag_value("--optimizer", argv) == MUONCLIP:
         parser.set_defaults(**MUONCLIP_DEFAULTS)
     parser.error = _refuse_arguments  # type: ignore[method-assign]
@@ -130,178 +137,6 @@ def _refuse_arguments(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def _add_run_args(group: Any) -> None:
-    """Add what says which model runs where and how."""
-    group.add_argument(
-        "--k2-preset",
-        metavar="NAME",
-        help=f"Model preset: {', '.join(list_presets())}; or a folder: a Hugging Face model's, or "
-        "one that convert_checkpoint.py wrote.",
-    )
-    group.add_argument(
-        "--k2-device",
-        choices=device.DEVICES,
-        default="auto",
-        help="Where to run; auto takes CUDA if torch sees a GPU. cpu uses gloo and local specs.",
-    )
-    group.add_argument(
-        "--k2-threads",
-        type=int,
-        default=0,
-        help="Threads a process on the CPU; 0 divides the cores over the local processes.",
-    )
-    group.add_argument(
-        "--k2-precision",
-        choices=("auto", "bf16", "fp32"),
-        default="auto",
-        help="Number format of weights and activations; auto takes bf16 where the machine has a "
-        "bf16 unit, else fp32. Megatron's --bf16 and --fp16 win.",
-    )
-    group.add_argument(
-        "--k2-verify-checkpoint",
-        choices=("full", "size", "off"),
-        default="full",
-        help="Check a checkpoint before loading: sizes and checksums, sizes only, or nothing.",
-    )
-
-    group.add_argument(
-        "--k2-load-hf",
-        metavar="DIR",
-        help="Start from a Hugging Face folder of the DeepSeek-V3 family, BF16, block FP8 or INT4; "
-        "its config.json gives the model's arguments. A checkpoint in --load wins.",
-    )
-
-
-def _add_model_args(group: Any) -> None:
-    """Add K2's own choices in the model; destinations are fields of ``K2TransformerConfig``."""
-    group.add_argument(
-        "--k2-router-bias-rule",
-        choices=("sign", "mean_centred"),
-        default="sign",
-        help="Update of the router's expert bias: sign(e_i), or Moonlight's sign(e_i) - mean sign.",
-    )
-    group.add_argument(
-        "--k2-fp8-activations",
-        nargs="+",
-        choices=("moe_up_proj_input", "swiglu_input"),
-        help="Keep these for the backward pass in FP8, a scale for 128 numbers; K2 keeps both.",
-    )
-    group.add_argument(
-        "--k2-max-attention-logit",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="Record the exact maximum softmax input of every head (MuonClip needs it).",
-    )
-
-
-def _add_yarn_args(group: Any) -> None:
-    """Add the YaRN fields of MLA that have no flag upstream; defaults are upstream's."""
-    group.add_argument(
-        "--k2-yarn-beta-fast",
-        dest="beta_fast",
-        type=float,
-        default=32.0,
-        help="YaRN beta_fast of MLA (upstream's --yarn-beta-fast does not reach MLA). K2: 1.",
-    )
-    group.add_argument(
-        "--k2-yarn-beta-slow",
-        dest="beta_slow",
-        type=float,
-        default=1.0,
-        help="YaRN beta_slow of MLA. K2: 1.",
-    )
-    group.add_argument(
-        "--k2-yarn-original-max-position-embeddings",
-        dest="original_max_position_embeddings",
-        type=int,
-        default=4096,
-        help="Positions the model was trained on before YaRN stretches them. K2: 4096.",
-    )
-
-
-def _add_optimizer_args(parser: argparse.ArgumentParser) -> None:
-    """Add ``muonclip`` to the optimizers, and its flags; fields of ``MuonClipConfig``."""
-    action = parser._option_string_actions["--optimizer"]
-    action.choices = [*(action.choices or ()), MUONCLIP]
-    group = parser.add_argument_group(
-        title="k2-muonclip",
-        description="--optimizer muonclip: Muon with QK-Clip over ZeRO-1 shards. Also read: "
-        "--muon-momentum, --muon-coefficient-type (kimi, polar_express, quintic, deepseek_v4), "
-        "--muon-num-ns-steps, --muon-extra-scale-factor, --muon-scale-mode, --adam-*, "
-        "--qk-clip-threshold, --qk-clip-alpha.",
-    )
-    group.add_argument(
-        "--k2-qk-clip",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="Shrink the query and key rows of heads whose logits exceed --qk-clip-threshold.",
-    )
-    group.add_argument(
-        "--k2-muon-split",
-        choices=("whole", "part", "head"),
-        default="whole",
-        help="One matrix of the MLA up-projections: the stored one (the reports), each part, or "
-        "each head's part.",
-    )
-    group.add_argument(
-        "--k2-muon-rule",
-        default="muon",
-        metavar="[MODULE:]NAME",
-        help="Update rule; one of your own by its module (megatron_k2/optimizer/rules.py).",
-    )
-    _add_muon_formats(group)
-
-
-def _add_muon_formats(group: Any) -> None:
-    """Add MuonClip's number formats, kernels, memory and what it logs."""
-    group.add_argument(
-        "--k2-muon-dtype",
-        choices=("bf16", "fp16", "fp32"),
-        help="Number format of Newton-Schulz products; default: what --muon-fp32-matmul-prec says, "
-        "without that bf16, or fp32 on a CPU without a bf16 unit.",
-    )
-    group.add_argument(
-        "--k2-muon-backend",
-        choices=("torch", "triton"),
-        default="torch",
-        help="Kernels of symmetric products; triton needs a GPU and was never run on one.",
-    )
-    group.add_argument(
-        "--k2-muon-wire",
-        choices=("fp32", "bf16"),
-        default="fp32",
-        help="Number format of matrix pieces sent to the rank that orthogonalises them.",
-    )
-    group.add_argument(
-        "--k2-muon-momentum",
-        choices=("fp32", "bf16"),
-        default="fp32",
-        help="Number format of the momentum between steps.",
-    )
-    group.add_argument(
-        "--k2-muon-workspace-bytes",
-        type=int,
-        default=4 << 30,
-        metavar="BYTES",
-        help="Cap of what a step allocates beside weights, gradients and state; a single matrix "
-        "with its products can exceed it.",
-    )
-    group.add_argument(
-        "--k2-optimizer-offload",
-        choices=("none", "moments", "all"),
-        default="none",
-        help="Keep optimizer state in host memory between steps: nothing, momenta and moments, or "
-        "the fp32 weights as well. Bits do not change.",
-    )
-    group.add_argument(
-        "--k2-log-optimizer-interval",
-        type=int,
-        metavar="STEPS",
-        help="Measure update sizes, orthogonality and clipped heads every so many steps; 0 never. "
-        "Default: --log-interval.",
-    )
-
-
 def validate_k2_args(args: argparse.Namespace) -> None:
     """Refuse contradictions before Megatron's own checks, and set what they need.
 
@@ -331,6 +166,7 @@ def validate_k2_args(args: argparse.Namespace) -> None:
         if "async_strategy" not in args.k2_explicit:
             args.async_strategy = "mcore"
     _validate_folder(args)
+    _validate_fp8(args)
     _validate_layers(args)
     _validate_experts(args)
     _validate_muonclip(args)
@@ -339,7 +175,7 @@ def validate_k2_args(args: argparse.Namespace) -> None:
         validate_layout(args)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    # Upstream lets only Transformer Engine delay; K2's local layers do it too (delayed_linear.py).
+    # Upstream lets only Transformer Engine delay; K2's local layers do it too (local_linear.py).
     args.k2_delay_wgrad_compute = args.delay_wgrad_compute
     if args.transformer_impl == "local":
         args.delay_wgrad_compute = False
@@ -355,6 +191,15 @@ def _validate_folder(args: argparse.Namespace) -> None:
             f"--vocab-size {args.vocab_size}: --k2-load-hf {args.k2_load_hf} has {rows} rows; the "
             "others would stay zero"
         )
+
+
+def _validate_fp8(args: argparse.Namespace) -> None:
+    """Refuse FP8 that layers without Transformer Engine do not emulate."""
+    if args.fp8 and args.transformer_impl == "local":
+        try:
+            check_emulated(args.fp8, args.fp8_recipe, args.k2_fp8_scope, not args.fp8_wgrad)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
 
 
 def _validate_layers(args: argparse.Namespace) -> None:

@@ -122,6 +122,67 @@ void unpack_fp32(const uint8_t *data, const float *scales, long rows, long colum
         }
 }
 
+/* To FP8 and back in one pass: batches of matrices [height, columns] in tiles of tall x wide (1 x 128,
+ * 128 x 1 or 128 x 128) that begin at each matrix's first row, with power-of-two scales. */
+static inline float round_to_e4m3(float value) { /* decode(encode(value)) in lanes of 32 bits */
+    uint32_t bits = to_bits(value), sign = bits & 0x80000000u, size = bits & 0x7fffffff;
+    uint32_t is_nan = size > 0x7f800000u;
+    size = size > 0x43e00000u ? 0x43e00000u : size; /* 448 */
+    uint32_t small = to_bits((from_bits(size) + 24576.0f) - 24576.0f);
+    uint32_t large = (size + 0x7ffff + ((size >> 20) & 1)) & 0xfff00000u;
+    uint32_t found = size < 0x3c800000u ? small : large; /* 2^-6 */
+    return from_bits(is_nan ? 0x7fc00000u : sign | found);
+}
+
+static inline void snap_stripe(float *tile, long rows, long width, int by_column) {
+    float scales[TILE], inverses[TILE];
+    int32_t largest[TILE] = {0}, most = 0;
+    for (long row = 0; row < rows; row++)
+        for (long i = 0; i < TILE; i++) {
+            int32_t size = (int32_t)(to_bits(tile[row * TILE + i]) & 0x7fffffff);
+            size &= -(int32_t)(size < 0x7f800000);
+            largest[i] = size > largest[i] ? size : largest[i];
+        }
+    for (long i = 0; i < TILE; i++) most = largest[i] > most ? largest[i] : most;
+    if (by_column)
+        for (long i = 0; i < width; i++) scales[i] = scale_of(from_bits((uint32_t)largest[i]), 1);
+    else {
+        float scale = scale_of(from_bits((uint32_t)most), 1);
+        for (long i = 0; i < width; i++) scales[i] = scale;
+    }
+    for (long i = width; i < TILE; i++) scales[i] = 1.0f;
+    for (long i = 0; i < TILE; i++) inverses[i] = 1.0f / scales[i]; /* exact, as its product is */
+    for (long row = 0; row < rows; row++)
+        for (long i = 0; i < TILE; i++)
+            tile[row * TILE + i] = round_to_e4m3(tile[row * TILE + i] * inverses[i]) * scales[i];
+}
+
+#define SNAP(NAME, TYPE, WIDEN, NARROW)                                                            \
+    void NAME(const TYPE *x, long batches, long height, long columns, long tall, long wide,        \
+              TYPE *out) {                                                                         \
+        long stripes = (height + tall - 1) / tall;                                                 \
+        _Pragma("omp parallel for") for (long at = 0; at < batches * stripes; at++) {              \
+            float tile[TILE * TILE];                                                               \
+            long first = at % stripes * tall, left = height - first;                               \
+            long rows = left < tall ? left : tall, begin = (at / stripes * height + first);        \
+            for (long column = 0; column < columns; column += TILE) {                              \
+                long width = columns - column < TILE ? columns - column : TILE;                    \
+                if (width < TILE) memset(tile, 0, sizeof(float) * TILE * rows);                    \
+                for (long row = 0; row < rows; row++)                                              \
+                    for (long i = 0; i < width; i++)                                               \
+                        tile[row * TILE + i] = WIDEN(x[(begin + row) * columns + column + i]);     \
+                snap_stripe(tile, rows, width, wide == 1);                                         \
+                for (long row = 0; row < rows; row++)                                              \
+                    for (long i = 0; i < width; i++)                                               \
+                        out[(begin + row) * columns + column + i] = NARROW(tile[row * TILE + i]);  \
+            }                                                                                      \
+        }                                                                                          \
+    }
+#define FROM_BF16(bits) from_bits((uint32_t)(bits) << 16)
+#define SAME(value) (value)
+SNAP(snap_bf16, uint16_t, FROM_BF16, to_bf16)
+SNAP(snap_fp32, float, SAME, SAME)
+
 /* Tiles of 128 x 128, one row of scales for 128 rows. Both return whether a number is not finite,
  * and what they wrote is then of no use. One thread: each worker of a conversion has a core. */
 int unpack_blocks(const uint8_t *data, const float *scales, long rows, long columns, uint16_t *out) {

@@ -8,7 +8,8 @@ sum. Pure torch on any device; on the host, compiled kernels give the same bits 
 (host_kernels.py).
 
 Edges: a zero tile has scale 1; a scale is at least 2^-126, so that no tile of denormals divides by
-one; NaN stays NaN and is not seen by its tile's scale; infinities saturate at 448 times it.
+one; NaN stays NaN and is not seen by its tile's scale; infinities saturate at 448 times it. Above
+3.28e38, the last 4 % of fp32, a power-of-two scale rounds to infinity, as nothing lies between.
 """
 
 from __future__ import annotations
@@ -113,6 +114,11 @@ def dequantise(tiles: Tiles, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     scales = scales.contiguous()
     kernel(_at(tiles.data), _at(scales), *map(ctypes.c_long, out.shape), _at(out))
     return out
+
+
+def power_of_two_scales(amax: Tensor) -> Tensor:
+    """Return the least power of two that brings ``amax`` (fp32, finite) within e4m3, 1 for zero."""
+    return _scales(amax, True)
 
 
 def quantise_rows_plain(x: Tensor, power_of_two: bool = False) -> Tiles:

@@ -17,8 +17,12 @@ import torch
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from megatron_k2.fp8.activation_store import check_names
+from megatron_k2.fp8.recipes import check_scope, scope_recipe
+from megatron_k2.fp8.scope import SCOPES, check_emulated
 
 ROUTER_BIAS_RULES = ("sign", "mean_centred")
+MOE_DOWN_PROJ = "moe_down_proj"
+"""One of ``--recompute-modules``, of the report beside Megatron's own; see ``_take_down_proj_``."""
 
 
 @dataclass
@@ -43,13 +47,21 @@ class K2TransformerConfig(MLATransformerConfig):
     """Activations that are kept for the backward pass in FP8, of ``activation_store.ACTIVATIONS``
     (Kimi K2 report, section 2.4.3: both); None keeps all as they are."""
 
+    k2_fp8_scope: str = "experts"
+    """Which products run in FP8 under ``fp8``: experts, linear or all (fp8/scope.py)."""
+
+    k2_fp8_blockwise: bool = False
+    """Without Transformer Engine: compute them in blockwise FP8 (fp8/operands.py). Set from ``fp8``
+    and ``fp8_recipe``, which upstream's modules must not see where there is no FP8 of theirs."""
+
     def __post_init__(self) -> None:
         """Check the K2 fields, then upstream's."""
-        if check_names(self.k2_fp8_activations or ()) and self.transformer_impl != "local":
-            raise ValueError(
-                "--k2-fp8-activations needs --transformer-impl local: Transformer Engine's modules "
-                "save for themselves, and packing what they save was never run"
-            )
+        if self.k2_fp8_scope not in SCOPES:
+            raise ValueError(f"--k2-fp8-scope {self.k2_fp8_scope!r} is not one of {SCOPES}")
+        if self.transformer_impl == "local":
+            self._take_fp8_()
+        self._take_down_proj_()
+        check_names(self.k2_fp8_activations or ())
         if self.k2_router_bias_rule not in ROUTER_BIAS_RULES:
             raise ValueError(
                 f"--k2-router-bias-rule {self.k2_router_bias_rule!r} is not one of "
@@ -59,6 +71,46 @@ class K2TransformerConfig(MLATransformerConfig):
         if self.k2_max_attention_logit and not self.k2_te_max_attention_logit:
             # The training loop logs ours; this field would ask Transformer Engine for its own.
             self.log_max_attention_logit = False
+        if self.transformer_impl == "transformer_engine" and self.fp8:
+            self._take_scope_()
+
+    def _take_scope_(self) -> None:
+        """Tell Transformer Engine's modules, and its attention, what the scope is.
+
+        Raises:
+            ValueError: the scope cannot hold (``recipes.check_scope``).
+        """
+        upstream: Any = self
+        upstream.fp8_dot_product_attention |= self.k2_fp8_scope == "all"
+        check_scope(self)
+        if upstream.quant_recipe is None:
+            upstream.quant_recipe = scope_recipe(self.k2_fp8_scope)
+
+    def _take_fp8_(self) -> None:
+        """Move upstream's FP8 fields to ours, for layers without Transformer Engine.
+
+        Raises:
+            ValueError: the recipe, format or scope has no emulation.
+        """
+        upstream: Any = self
+        if not upstream.fp8:
+            return
+        is_special = upstream.fp8_param or not upstream.fp8_wgrad
+        check_emulated(upstream.fp8, upstream.fp8_recipe, self.k2_fp8_scope, is_special)
+        upstream.fp8, self.k2_fp8_blockwise = None, True
+
+    def _take_down_proj_(self) -> None:
+        """Turn ``moe_down_proj`` among the modules to recompute into what it takes here.
+
+        Routing probabilities are applied before the down-projection, so that its output is kept by
+        nobody: their gradient is <dy W2, h>, not <dy, W2 h>. What is left of it is its input, which
+        is the output of the activation: ``moe_act``.
+        """
+        upstream: Any = self
+        modules = upstream.recompute_modules
+        if modules is not None and MOE_DOWN_PROJ in modules:
+            others = [name for name in modules if name not in (MOE_DOWN_PROJ, "moe_act")]
+            upstream.recompute_modules = [*others, "moe_act"]
 
 
 _RENAMED = {"num_experts": "num_moe_experts", "swiglu": "gated_linear_unit"}

@@ -2,7 +2,7 @@
 
 ``K2GroupedMLP`` is a ``TEGroupedMLP`` whose two layers are ``K2GroupedLinear``; construction, state
 dict and ``backward_dw`` are upstream's, the forward is ``grouped_mlp.py``. What it would compute
-wrongly is refused: activations other than SwiGLU, FP8, latent MoE, probabilities on the input.
+wrongly is refused: activations other than SwiGLU, FP4, latent MoE, probabilities on the input.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupe
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_k2.fp8.operands import PLAIN, Operands
 from megatron_k2.model.grouped_gemm import plan_rows
 from megatron_k2.model.grouped_linear import K2ColumnGroupedLinear, K2RowGroupedLinear
 from megatron_k2.model.grouped_mlp import grouped_swiglu_mlp
@@ -20,7 +21,13 @@ from megatron_k2.model.permutation import TokenPermutation
 
 
 class K2GroupedMLP(TEGroupedMLP):
-    """The local routed experts as one autograd function (``grouped_mlp.py``)."""
+    """The local routed experts as one autograd function (``grouped_mlp.py``).
+
+    Attributes:
+        operands: how the products see theirs; the layer sets it (``local_linear.py``).
+    """
+
+    operands: Operands = PLAIN
 
     def __init__(
         self,
@@ -61,12 +68,15 @@ class K2GroupedMLP(TEGroupedMLP):
             [rows, hidden] (a partial sum over expert tensor parallelism), and no bias.
         """
         fc1, fc2 = self.linear_fc1, self.linear_fc2
-        plan = plan_rows(tokens_per_expert.tolist(), permuted_local_hidden_states, permutation)
+        plan = plan_rows(
+            tokens_per_expert.tolist(), permuted_local_hidden_states, permutation,
+            batched=self.operands.is_fp8,
+        )  # fmt: skip
         queues = (fc1.pending, fc2.pending) if self.config.delay_wgrad_compute else None
         in_fp8 = frozenset(getattr(self.config, "k2_fp8_activations", None) or ())
         output = grouped_swiglu_mlp(
             permuted_local_hidden_states, permuted_probs, fc1.weight, fc2.weight, plan, queues,
-            in_fp8,
+            in_fp8, self.operands,
         )  # fmt: skip
         return output, None
 
@@ -77,7 +87,7 @@ def _check_supported(config: TransformerConfig) -> None:
         "an activation other than SwiGLU (--swiglu)": not (
             config.gated_linear_unit and config.activation_func is F.silu
         ),
-        "--fp8-format or --fp4-format": bool(config.fp8 or config.fp4),
+        "--fp4-format": bool(config.fp4),
         "--moe-apply-probs-on-input": config.moe_apply_probs_on_input,
         "--moe-latent-size": config.moe_latent_size is not None,
         "activation_func_clamp_value": config.activation_func_clamp_value is not None,

@@ -53,6 +53,14 @@ class RowGroup(Protocol):
     def weight_gradient_(self, grad: Tensor, x: Tensor, out: Tensor) -> None:
         """Write ``grad.T @ x`` of each expert of the group into ``out`` [experts, grad, x]."""
 
+    @abstractmethod
+    def by_expert(self, x: Tensor) -> Tensor:
+        """Return the group's rows ``x`` [rows, width] as [experts, rows of each, width], a view.
+
+        Raises:
+            ValueError: the group's experts have different numbers of rows.
+        """
+
 
 @dataclass(frozen=True)
 class Bucket:
@@ -68,7 +76,8 @@ class Bucket:
     rows: slice
     height: int
 
-    def _batch(self, x: Tensor) -> Tensor:
+    def by_expert(self, x: Tensor) -> Tensor:
+        """Return ``x`` [rows, width] as [experts, height, width], see ``RowGroup``."""
         return x.view(self.experts.numel(), self.height, x.shape[-1])
 
     def product(self, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
@@ -76,12 +85,12 @@ class Bucket:
         if out is None:
             out = x.new_empty(x.shape[0], weight.shape[-1])
         chosen = _select(weight, self.experts)
-        torch.bmm(self._batch(x), chosen, out=self._batch(out))
+        torch.bmm(self.by_expert(x), chosen, out=self.by_expert(out))
         return out
 
     def weight_gradient_(self, grad: Tensor, x: Tensor, out: Tensor) -> None:
         """Write the weight gradients of this bucket's experts, see ``RowGroup``."""
-        gradient = torch.bmm(self._batch(grad).transpose(1, 2), self._batch(x))
+        gradient = torch.bmm(self.by_expert(grad).transpose(1, 2), self.by_expert(x))
         out.index_copy_(0, self.experts, gradient)
 
 
@@ -112,6 +121,7 @@ class ExpertBuckets:
         rows_per_expert: Sequence[int],
         device: torch.device,
         permutation: TokenPermutation | None = None,
+        zero_padding: bool = False,
     ) -> None:
         """Plan the buckets.
 
@@ -120,6 +130,7 @@ class ExpertBuckets:
             device: where the index tensors live.
             permutation: None if the rows lie in expert order; else they lie in token order, are
                 read through it, and the results of a token's rows are summed.
+            zero_padding: padding is zero, not some row: FP8 scales are taken over rows.
         """
         counts = torch.tensor(rows_per_expert, dtype=torch.int64)
         num_rows = int(counts.sum())
@@ -143,13 +154,17 @@ class ExpertBuckets:
         is_row[target] = 1.0
         self._pair_source, self._target = source.to(device), target.to(device)
         self._is_row = is_row.to(device)
+        self._zero_padding = zero_padding
         self._permutation, self._source = permutation, self._pair_source
         if permutation is not None:
             self._source = permutation.tokens[self._pair_source]
 
     def rows_of(self, x: Tensor, group: RowGroup) -> Tensor:
-        """Copy a group's rows of ``x``; padding repeats some row (weigh it zero)."""
-        return x.index_select(0, self._source[group.rows])
+        """Copy a group's rows of ``x``; padding is zero or repeats some row (weigh it zero)."""
+        rows = x.index_select(0, self._source[group.rows])
+        if self._zero_padding:
+            rows.masked_fill_(self._is_row[group.rows, None] == 0, 0)
+        return rows
 
     def collect(self, padded: Tensor) -> Tensor:
         """Return [padded rows, width] in the order of the input: copied, or summed by token."""
@@ -183,6 +198,10 @@ class _Segments:
         """Write all weight gradients, see ``RowGroup``."""
         out.copy_(torch._grouped_mm(grad.t(), x, offs=self.ends))
 
+    def by_expert(self, x: Tensor) -> Tensor:
+        """Refuse: the experts' rows lie as they come, see ``RowGroup``."""
+        raise ValueError("experts of different heights are no batch; plan_rows(batched=True)")
+
 
 class ExpertSegments:
     """The rows of all experts as they lie, for ``torch._grouped_mm`` (bf16, CUDA)."""
@@ -212,7 +231,10 @@ RowPlan = ExpertBuckets | ExpertSegments
 
 
 def plan_rows(
-    rows_per_expert: Sequence[int], like: Tensor, permutation: TokenPermutation | None = None
+    rows_per_expert: Sequence[int],
+    like: Tensor,
+    permutation: TokenPermutation | None = None,
+    batched: bool = False,
 ) -> RowPlan:
     """Choose how to multiply rows like ``like`` [rows, width], by device and dtype.
 
@@ -220,7 +242,9 @@ def plan_rows(
         rows_per_expert: rows of each local expert; experts may be empty.
         like: tells device and dtype.
         permutation: see ``ExpertBuckets``.
+        batched: experts of one height, padded with zeros, on any device.
     """
-    if like.device.type == "cuda" and like.dtype == torch.bfloat16 and permutation is None:
+    on_cuda = like.device.type == "cuda" and like.dtype == torch.bfloat16
+    if on_cuda and permutation is None and not batched:
         return ExpertSegments(rows_per_expert, like.device)
-    return ExpertBuckets(rows_per_expert, like.device, permutation)
+    return ExpertBuckets(rows_per_expert, like.device, permutation, zero_padding=batched)

@@ -4,8 +4,9 @@
 forward and backward it keeps the rows, the output of fc1 and the probabilities; SwiGLU is computed
 again in the backward pass, which needs its derivative anyway. Each group of experts goes through
 all products while its rows are in the cache. Rows and output of fc1 can be kept in FP8
-(fp8/activation_store.py). The weight gradients can wait in a queue for
-``backward_dw`` (upstream's overlapped expert-parallel schedule). No Megatron import.
+(fp8/activation_store.py), and the six products can see their operands in FP8 (fp8/operands.py):
+what is kept does not depend on that. The weight gradients can wait in a queue for ``backward_dw``
+(upstream's overlapped expert-parallel schedule). No Megatron import.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_k2.fp8.activation_store import keep, restore
+from megatron_k2.fp8.operands import PLAIN, Operands
 from megatron_k2.model.grouped_gemm import RowGroup, RowPlan
 from megatron_k2.model.swiglu import swiglu_backward, swiglu_forward
 
@@ -67,19 +69,21 @@ class _GroupedSwiGLUMLP(torch.autograd.Function):
         plan: RowPlan,
         queues: WeightGradientQueues | None,
         in_fp8: frozenset[str],
+        operands: Operands,
     ) -> Tensor:
         weights = plan.pad_weights(probs)
         padded = x.new_empty(plan.padded_rows, fc2.shape[1])
+        w1, w2 = operands.weight(fc1).transpose(1, 2), operands.weight(fc2).transpose(1, 2)
         saved: list[Tensor] = []
         for group in plan.groups:
             rows = plan.rows_of(x, group)
-            z = group.product(rows, fc1.transpose(1, 2))
-            activated = swiglu_forward(z, weights[group.rows])
-            group.product(activated, fc2.transpose(1, 2), out=padded[group.rows])
+            z = group.product(operands.rows(rows), w1)
+            activated = operands.rows(swiglu_forward(z, weights[group.rows]))
+            group.product(activated, w2, out=padded[group.rows])
             saved += keep(rows, "moe_up_proj_input" in in_fp8)
             saved += keep(z, "swiglu_input" in in_fp8)
         ctx.save_for_backward(weights, fc1, fc2, *saved)
-        ctx.plan, ctx.queues, ctx.in_fp8 = plan, queues, in_fp8
+        ctx.plan, ctx.queues, ctx.in_fp8, ctx.operands = plan, queues, in_fp8, operands
         return plan.collect(padded)
 
     @staticmethod
@@ -87,6 +91,8 @@ class _GroupedSwiGLUMLP(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         weights, fc1, fc2, *saved = ctx.saved_tensors
         plan: RowPlan = ctx.plan
+        operands: Operands = ctx.operands
+        w1, w2 = operands.weight(fc1), operands.weight(fc2)
         grad_y = grad_y.contiguous()
         padded_x = grad_y.new_empty(plan.padded_rows, fc1.shape[2])
         num_parts = [1 + (name in ctx.in_fp8) for name in ("moe_up_proj_input", "swiglu_input")]
@@ -97,11 +103,14 @@ class _GroupedSwiGLUMLP(torch.autograd.Function):
             rows = restore(parts[: num_parts[0]], grad_y.dtype)
             z = restore(parts[num_parts[0] :], grad_y.dtype)
             rows_grad = plan.rows_of(grad_y, group)
-            grad_activated = group.product(rows_grad, fc2)
+            grad_activated = group.product(operands.rows(rows_grad), w2)
             grad_z, grad_p, activated = swiglu_backward(grad_activated, z, weights[group.rows])
             assert grad_p is not None
-            group.product(grad_z, fc1, out=padded_x[group.rows])
+            group.product(operands.rows(grad_z), w1, out=padded_x[group.rows])
             padded_probs[group.rows] = grad_p
+            grad_z, rows, rows_grad, activated = (
+                _over_rows(operands, group, t) for t in (grad_z, rows, rows_grad, activated)
+            )
             if grad_fc1 is None or grad_fc2 is None:
                 pending[0].products.append((group, grad_z, rows))
                 pending[1].products.append((group, rows_grad, activated))
@@ -111,7 +120,12 @@ class _GroupedSwiGLUMLP(torch.autograd.Function):
         for queue, gradient in zip(ctx.queues or (), pending, strict=False):
             queue.append(gradient)
         grad_probs = plan.unpad_weights(padded_probs)
-        return plan.collect(padded_x), grad_probs, grad_fc1, grad_fc2, None, None, None
+        return plan.collect(padded_x), grad_probs, grad_fc1, grad_fc2, None, None, None, None
+
+
+def _over_rows(operands: Operands, group: RowGroup, x: Tensor) -> Tensor:
+    """Return [rows, width] as a weight gradient's product sees it, each expert's rows apart."""
+    return operands.columns(group.by_expert(x)).flatten(0, 1) if operands.is_fp8 else x
 
 
 def grouped_swiglu_mlp(
@@ -122,6 +136,7 @@ def grouped_swiglu_mlp(
     plan: RowPlan,
     queues: WeightGradientQueues | None = None,
     in_fp8: frozenset[str] = frozenset(),
+    operands: Operands = PLAIN,
 ) -> Tensor:
     """Return every row's expert output times its routing probability.
 
@@ -133,10 +148,11 @@ def grouped_swiglu_mlp(
         plan: which rows belong to which expert.
         queues: where the weight gradients of fc1 and fc2 wait, or None to compute them in backward.
         in_fp8: which of ``activation_store.ACTIVATIONS`` are kept in FP8.
+        operands: how the products see theirs; in FP8 the plan must be ``batched``.
 
     Returns:
         shape and dtype of ``x``; with a permutation, the sum over each token's experts.
     """
     return _GroupedSwiGLUMLP.apply(  # type: ignore[no-any-return]
-        x, probs, fc1, fc2, plan, queues, in_fp8
+        x, probs, fc1, fc2, plan, queues, in_fp8, operands
     )

@@ -1,18 +1,22 @@
 """Dense and shared-expert MLPs on the local path, with the one-pass SwiGLU of ``swiglu.py``.
 
-Everything but the activation is upstream's. Configurations with a bias, a clamp, another activation
-or a per-token scale take upstream's forward.
+``--recompute-modules moe_act`` discards SwiGLU's output here too, as Kimi K2 does (report, section
+2.4.3); upstream's knows routed experts only. Everything else is upstream's. Configurations with a
+bias, a clamp, another activation or a per-token scale take upstream's forward.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch.nn.functional as F
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from torch import Tensor
 
+from megatron_k2.fp8.activation_store import kept_in_fp8
 from megatron_k2.model.swiglu import swiglu
 
 
@@ -41,7 +45,16 @@ class K2MLP(MLP):
             return super().forward(hidden_states, per_token_scale, **kwargs)
         intermediate, _ = self.linear_fc1(hidden_states)
         in_fp8 = "swiglu_input" in (getattr(config, "k2_fp8_activations", None) or ())
-        return self.linear_fc2(swiglu(intermediate, in_fp8))
+        if not (
+            config.recompute_granularity == "selective" and "moe_act" in config.recompute_modules
+        ):
+            return self.linear_fc2(swiglu(intermediate, in_fp8))
+        checkpoint = CheckpointWithoutOutput()
+        with kept_in_fp8(lambda tensor: True) if in_fp8 else nullcontext():
+            activated = checkpoint.checkpoint(swiglu, intermediate)
+        output, bias = self.linear_fc2(activated)
+        checkpoint.discard_output_and_register_recompute(output)
+        return output, bias
 
 
 class K2SharedExpertMLP(SharedExpertMLP, K2MLP):

@@ -24,6 +24,7 @@ from megatron_k2.model.dispatcher import K2AlltoAllTokenDispatcher
 from megatron_k2.model.experts import K2GroupedMLP
 from megatron_k2.model.mlp import K2MLP, K2SharedExpertMLP
 from megatron_k2.model.router import K2TopKRouter
+from megatron_k2.model.te_experts import K2TEGroupedMLP, K2TEMLP, K2TESharedExpertMLP
 
 
 class K2MoELayer(MoELayer):
@@ -91,6 +92,11 @@ def get_k2_moe_spec(config: TransformerConfig, use_transformer_engine: bool) -> 
         )
         submodules: MoESubmodules = builder.keywords["submodules"]  # type: ignore[attr-defined]
         submodules.router = K2TopKRouter
+        if getattr(config, "k2_fp8_activations", None):
+            experts: Any = submodules.experts
+            shared: Any = submodules.shared_experts
+            submodules.experts = partial(K2TEGroupedMLP, **experts.keywords)
+            submodules.shared_experts = partial(K2TESharedExpertMLP, **shared.keywords)
         return partial(MoELayer, submodules=submodules)
     return partial(
         K2MoELayer,
@@ -110,10 +116,13 @@ def get_k2_dense_mlp_spec(config: TransformerConfig, use_transformer_engine: boo
     if use_transformer_engine:
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
-        return get_mlp_module_spec_for_backend(
+        dense: Any = get_mlp_module_spec_for_backend(
             backend=TESpecProvider(),
             num_experts=None,
             use_te_op_fuser=config.use_transformer_engine_op_fuser,
             use_te_activation_func=config.use_te_activation_func,
         )
+        if getattr(config, "k2_fp8_activations", None):
+            return partial(K2TEMLP.as_mlp_submodule, **dense.keywords)
+        return dense  # type: ignore[no-any-return]
     return partial(K2MLP.as_mlp_submodule, submodules=_local_mlp_submodules())

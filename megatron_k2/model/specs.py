@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 
 from megatron_k2 import compat
 from megatron_k2.model.core_attention import K2CoreAttention
-from megatron_k2.model.delayed_linear import K2TransformerLayer
+from megatron_k2.model.local_linear import K2TransformerLayer
 from megatron_k2.model.mla import K2FusedMLASelfAttention, K2MLASelfAttention
 from megatron_k2.model.moe import get_k2_dense_mlp_spec, get_k2_moe_spec
 from megatron_k2.model.norm import K2RMSNorm
@@ -85,19 +85,25 @@ def get_k2_layer_specs(
         vp_stage=vp_stage,
         pp_rank=pp_rank,
     )
-    layers = [_k2_layer(layer, config, use_te) for layer in block.layer_specs]
+    layers = [
+        _k2_layer(layer, config, use_te, f"decoder.layers.{index}")
+        for index, layer in enumerate(block.layer_specs)
+    ]
     norm = block.layer_norm if use_te else K2RMSNorm
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
 
 
-def _k2_layer(layer: ModuleSpec, config: MLATransformerConfig, use_te: bool) -> ModuleSpec:
+def _k2_layer(
+    layer: ModuleSpec, config: MLATransformerConfig, use_te: bool, name: str
+) -> ModuleSpec:
     """Return a copy of a stock layer spec with K2's leaves."""
     stock = cast("TransformerLayerSubmodules", layer.submodules)
     submodules = copy.copy(stock)
     submodules.self_attention = _k2_attention(stock.self_attention, config, use_te)
     submodules.mlp = _k2_mlp(stock, config, use_te)
-    if use_te:
-        return ModuleSpec(module=layer.module, params=layer.params, submodules=submodules)
+    if use_te:  # upstream's block gives its layers no name, which decides what weights hold FP8
+        params = layer.params | {"name": name}
+        return ModuleSpec(module=layer.module, params=params, submodules=submodules)
     submodules.input_layernorm = K2RMSNorm
     submodules.pre_mlp_layernorm = K2RMSNorm
     submodules.sharded_state_dict_keys_map = dict(_NORM_KEYS)

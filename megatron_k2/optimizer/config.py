@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from megatron.core.optimizer import OptimizerConfig
 
-from megatron_k2.arguments import MUONCLIP as NAME
+from megatron_k2.flags import MUONCLIP as NAME
 from megatron_k2.optimizer.coefficients import coefficient_schedule
 from megatron_k2.optimizer.directions import BATCH_BYTES, Orthogonaliser, UpdateRule
 from megatron_k2.optimizer.matrices import Split

@@ -14,7 +14,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, mappings
 
-from megatron_k2.model.delayed_linear import delay_weight_gradients_
+from megatron_k2.model.local_linear import adopt_linears_
 from tests.distributed.training_job import (
     Routing,
     Run,
@@ -98,7 +98,7 @@ def stock_and_delayed_gradients(sequence_parallel: bool) -> dict[str, Any]:
     )
     plain, delayed = _two_layers(config), _two_layers(config)
     delayed.load_state_dict(plain.state_dict(), strict=False)
-    assert delay_weight_gradients_(delayed) == 2
+    assert adopt_linears_(delayed, is_delayed=True) == 2
     found: dict[str, Any] = {"early": []}
     results = []
     for layers in (plain, delayed):

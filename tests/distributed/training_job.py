@@ -66,6 +66,8 @@ class Run:
     """Sequences of a step in the order of their microbatches."""
     digest: bool = False
     """Also return a SHA-256 of each gradient after the first step and each weight at the end."""
+    fields: dict[str, Any] = field(default_factory=dict)
+    """Further fields of K2TransformerConfig."""
 
 
 def initialize(layout: dict[str, Any]) -> Any:
@@ -194,7 +196,7 @@ def train(run: dict[str, Any]) -> dict[str, Any]:
     """Train as ``Run(**run)`` says; return losses, norms and digests (see ``_Record``)."""
     job = Run(**run)
     groups = initialize(job.layout)
-    model, optimizer = build(job, groups)
+    model, optimizer = build(job, groups, **job.fields)
     load_or_save_initial(job, model, optimizer)
     routing = Routing(job, groups)
     record = train_steps(job, groups, model, optimizer, routing)

@@ -1,12 +1,13 @@
-"""Weight gradients that wait for ``backward_dw``, for layers built without Transformer Engine.
+"""Projections without Transformer Engine: delayed weight gradients and FP8 operands.
 
 Upstream's overlapped expert-parallel schedule (``--overlap-moe-expert-parallel-comm``) computes
 the weight gradients of attention, dense and shared-expert projections in ``backward_dw``, after
 the backward pass, when ``--delay-wgrad-compute`` is set. Transformer Engine's linear layers do
 that; ``backward_dw`` of the local ones is a silent no-op that leaves the gradient in the backward
 pass (megatron-core 0.19.2, ``core/tensor_parallel/layers.py:1210`` and ``1489``). The two
-subclasses here delay it for real. ``K2TransformerLayer`` turns a layer's stock leaves into them,
-because ``MLASelfAttention`` accepts no other class for its down projections
+subclasses here delay it for real, and let the three products see their operands in FP8
+(fp8/operands.py). ``K2TransformerLayer`` turns a layer's stock leaves into them, because
+``MLASelfAttention`` accepts no other class for its down projections
 (``core/transformer/multi_latent_attention.py:527``). Left out: the fused accumulation kernel of
 apex (the delayed product is added to ``main_grad`` by DDP's hook) and generalised TP.
 """
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core.fp8_utils import is_first_last_bf16_layer
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -27,11 +29,14 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_k2.fp8.operands import BLOCKWISE_FP8, PLAIN, Operands
+from megatron_k2.fp8.scope import is_in_scope
+
 PendingGradient = tuple[Tensor, Tensor]
 
 
-class _LinearWithPendingWeightGradient(torch.autograd.Function):
-    """``input @ weight.T``; backward returns the input's gradient and queues the weight's."""
+class _Linear(torch.autograd.Function):
+    """``input @ weight.T``; backward computes the weight's gradient, or queues its operands."""
 
     @staticmethod
     def forward(
@@ -41,20 +46,26 @@ class _LinearWithPendingWeightGradient(torch.autograd.Function):
         allreduce_dgrad: bool,
         sequence_parallel: bool,
         tp_group: ProcessGroup | None,
-        pending: deque[PendingGradient],
+        pending: deque[PendingGradient] | None,
+        operands: Operands,
     ) -> Tensor:
         ctx.save_for_backward(input, weight)
         ctx.allreduce_dgrad, ctx.sequence_parallel = allreduce_dgrad, sequence_parallel
-        ctx.tp_group, ctx.pending = tp_group, pending
+        ctx.tp_group, ctx.pending, ctx.operands = tp_group, pending, operands
         whole = _gathered(input, tp_group) if sequence_parallel else input
-        return torch.matmul(whole, weight.t())
+        return torch.matmul(operands.rows(whole), operands.weight(weight).t())
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_output,) = grad_outputs
         input, weight = ctx.saved_tensors
-        ctx.pending.append((grad_output, input))
-        grad_input = grad_output.matmul(weight)
+        grad_input = ctx.operands.rows(grad_output).matmul(ctx.operands.weight(weight))
+        grad_weight = None
+        if ctx.pending is not None:
+            ctx.pending.append((grad_output, input))
+        else:
+            whole = _gathered(input, ctx.tp_group) if ctx.sequence_parallel else input
+            grad_weight = _weight_gradient(grad_output, whole, ctx.operands)
         if ctx.sequence_parallel:
             share = torch.empty_like(input)
             torch.distributed.reduce_scatter_tensor(
@@ -63,7 +74,7 @@ class _LinearWithPendingWeightGradient(torch.autograd.Function):
             grad_input = share
         elif ctx.allreduce_dgrad:
             torch.distributed.all_reduce(grad_input, group=ctx.tp_group)
-        return grad_input, None, None, None, None, None
+        return grad_input, grad_weight, None, None, None, None, None
 
 
 def _gathered(input: Tensor, tp_group: ProcessGroup | None) -> Tensor:
@@ -74,13 +85,20 @@ def _gathered(input: Tensor, tp_group: ProcessGroup | None) -> Tensor:
     return whole
 
 
-class _DelayedWeightGradient:
-    """The delayed half of a parallel linear layer; mixed into upstream's two classes."""
+def _weight_gradient(grad_output: Tensor, input: Tensor, operands: Operands) -> Tensor:
+    """Return ``grad.T @ input`` over all rows of [..., out] and [..., in]."""
+    grad, x = (operands.columns(t.flatten(0, -2)) for t in (grad_output, input))
+    return grad.t().matmul(x)
+
+
+class _LocalLinear:
+    """What the two subclasses share; mixed in before upstream's classes."""
 
     weight: torch.nn.Parameter
     tp_group: ProcessGroup | None
-    _pending: deque[PendingGradient]
+    _pending: deque[PendingGradient] | None
     _grad_hooks: list[Callable[[], None]]
+    operands: Operands
 
     def _forward_impl(
         self,
@@ -92,15 +110,17 @@ class _DelayedWeightGradient:
         sequence_parallel: bool,
         **unused: Any,
     ) -> Tensor:
-        if not weight.requires_grad:
+        if not (weight.requires_grad or self.operands.is_fp8):
             return linear_with_frozen_weight(
                 input, weight, bias, gradient_accumulation_fusion, allreduce_dgrad,
                 sequence_parallel, **unused,
             )  # fmt: skip
         self._sequence_is_split = sequence_parallel
-        output = _LinearWithPendingWeightGradient.apply(
-            input, weight, allreduce_dgrad, sequence_parallel, self.tp_group, self._pending
-        )
+        pending = self._pending if weight.requires_grad else None
+        output = _Linear.apply(
+            input, weight, allreduce_dgrad, sequence_parallel, self.tp_group, pending,
+            self.operands,
+        )  # fmt: skip
         return output if bias is None else output + bias
 
     @torch.no_grad()  # the saved input still belongs to the forward's graph
@@ -113,7 +133,7 @@ class _DelayedWeightGradient:
             RuntimeError: no backward pass has run, or DDP was built without
                 ``delay_wgrad_compute`` and would lose the gradient.
         """
-        if not self.weight.requires_grad:
+        if self._pending is None or not self.weight.requires_grad:
             return
         if not self._pending:
             raise RuntimeError(f"{self}: backward_dw before any backward pass")
@@ -124,7 +144,7 @@ class _DelayedWeightGradient:
             )
         grad_output, input = self._pending.popleft()
         whole = _gathered(input, self.tp_group) if self._sequence_is_split else input
-        gradient = grad_output.flatten(0, -2).t().matmul(whole.flatten(0, -2))
+        gradient = _weight_gradient(grad_output, whole, self.operands)
         self.weight.grad = gradient if self.weight.grad is None else self.weight.grad + gradient
         for hook in self._grad_hooks:
             hook()
@@ -134,43 +154,64 @@ class _DelayedWeightGradient:
         self._grad_hooks.append(hook)
 
 
-class DelayedColumnParallelLinear(_DelayedWeightGradient, ColumnParallelLinear):
-    """ColumnParallelLinear whose weight gradient is computed in ``backward_dw``."""
+class LocalColumnParallelLinear(_LocalLinear, ColumnParallelLinear):
+    """ColumnParallelLinear that can delay its weight gradient and see its operands in FP8."""
 
 
-class DelayedRowParallelLinear(_DelayedWeightGradient, RowParallelLinear):
-    """RowParallelLinear whose weight gradient is computed in ``backward_dw``."""
+class LocalRowParallelLinear(_LocalLinear, RowParallelLinear):
+    """RowParallelLinear that can delay its weight gradient and see its operands in FP8."""
 
 
-_DELAYED: dict[type, type] = {
-    ColumnParallelLinear: DelayedColumnParallelLinear,
-    RowParallelLinear: DelayedRowParallelLinear,
+_LOCAL: dict[type, type] = {
+    ColumnParallelLinear: LocalColumnParallelLinear,
+    RowParallelLinear: LocalRowParallelLinear,
 }
 
 
-def delay_weight_gradients_(module: torch.nn.Module) -> int:
-    """Turn every stock parallel linear layer below ``module`` into its delayed subclass, in place.
+def adopt_linears_(
+    module: torch.nn.Module, is_delayed: bool, in_fp8: Callable[[str], bool] = lambda name: False
+) -> int:
+    """Turn stock parallel linear layers below ``module`` into ours, in place.
 
-    Returns the number of layers turned. Must run before DDP wraps the model: DDP leaves the
-    gradients of marked weights to ``backward_dw``.
+    Args:
+        module: a layer, before DDP wraps it: DDP leaves the gradients of marked weights to
+            ``backward_dw``.
+        is_delayed: their weight gradients wait for ``backward_dw``.
+        in_fp8: tells by a linear layer's name below ``module`` whether its operands are in FP8.
+
+    Returns:
+        the number of layers turned; those with nothing to do stay as they are.
     """
     turned = 0
-    for layer in module.modules():
-        delayed = _DELAYED.get(type(layer))
-        if delayed is not None:
-            leaf: Any = layer
-            leaf.__class__ = delayed
-            leaf._pending, leaf._grad_hooks = deque(), []
+    for name, layer in module.named_modules():
+        local, is_fp8 = _LOCAL.get(type(layer)), in_fp8(name)
+        if local is None or not (is_delayed or is_fp8):
+            continue
+        leaf: Any = layer
+        leaf.__class__ = local
+        leaf.operands = BLOCKWISE_FP8 if is_fp8 else PLAIN
+        leaf._pending, leaf._grad_hooks = (deque() if is_delayed else None), []
+        if is_delayed:
             leaf.weight.skip_backward_post_hook = True
-            turned += 1
+        turned += 1
     return turned
 
 
 class K2TransformerLayer(TransformerLayer):
-    """TransformerLayer whose local projections delay their weight gradients when asked to."""
+    """TransformerLayer whose local projections and experts do what upstream's cannot.
+
+    They delay their weight gradients and see their operands in FP8, as asked.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Build upstream's layer; see ``TransformerLayer`` for the arguments."""
         super().__init__(*args, **kwargs)
-        if self.config.delay_wgrad_compute:
-            delay_weight_gradients_(self)
+        config: Any = self.config
+        is_fp8 = getattr(config, "k2_fp8_blockwise", False) and not is_first_last_bf16_layer(
+            config, self.layer_number - 1
+        )
+        scope = config.k2_fp8_scope if is_fp8 else ""
+        adopt_linears_(self, config.delay_wgrad_compute, lambda name: is_in_scope(name, scope))
+        experts = getattr(self.mlp, "experts", None)
+        if is_fp8 and experts is not None:
+            experts.operands = BLOCKWISE_FP8
