@@ -30,6 +30,12 @@ from megatron_k2.flags import (
 from megatron_k2.fp8.scope import check_emulated
 from megatron_k2.inputs import UsageError, check_data_files
 from megatron_k2.layouts import validate_layout
+from megatron_k2.offload_arena import (
+    FOLDER_VARIABLE,
+    check_folder,
+    check_offload_modules,
+    offload_folder,
+)
 from megatron_k2.presets import Preset, list_presets, load_preset
 
 SPEC = ("megatron_k2.model.specs", "get_k2_decoder_block_spec")
@@ -179,6 +185,29 @@ def validate_k2_args(args: argparse.Namespace) -> None:
     args.k2_delay_wgrad_compute = args.delay_wgrad_compute
     if args.transformer_impl == "local":
         args.delay_wgrad_compute = False
+    _validate_offloading(args)
+
+
+def _validate_offloading(args: argparse.Namespace) -> None:
+    """Refuse what offloading does not do, and hide the host's from upstream, which asks for TE."""
+    args.k2_offloads_activations = args.fine_grained_activation_offloading
+    if not args.fine_grained_activation_offloading:
+        return
+    selective = args.recompute_granularity == "selective" or args.recompute_activations
+    recompute = args.recompute_modules or ["core_attn"]  # upstream's default of selective
+    try:
+        check_offload_modules(
+            args.offload_modules or [],
+            "selective" if selective else args.recompute_granularity,
+            recompute,
+        )
+        if args.k2_device == "cpu":
+            if args.k2_offload_folder:
+                os.environ[FOLDER_VARIABLE] = args.k2_offload_folder
+            check_folder(offload_folder())
+            args.fine_grained_activation_offloading = False
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def _validate_folder(args: argparse.Namespace) -> None:
@@ -266,6 +295,7 @@ def finish_k2_args(args: argparse.Namespace) -> None:
         if args.k2_log_optimizer_interval is None:
             args.k2_log_optimizer_interval = args.log_interval
     args.delay_wgrad_compute = args.k2_delay_wgrad_compute
+    args.fine_grained_activation_offloading = args.k2_offloads_activations
     # Upstream ties its logging of the maximum logit to Transformer Engine >= 2.9; ours needs none.
     args.k2_te_max_attention_logit = bool(args.log_max_attention_logit)
     if args.k2_max_attention_logit and args.multi_latent_attention:

@@ -52,6 +52,12 @@ def add_run_flags(group: Any) -> None:
     )
 
     group.add_argument(
+        "--k2-offload-folder",
+        metavar="DIR",
+        help="Where --fine-grained-activation-offloading keeps activations on the CPU, in files "
+        "without a name; the system's temporary folder by default.",
+    )
+    group.add_argument(
         "--k2-load-hf",
         metavar="DIR",
         help="Start from a Hugging Face folder of the DeepSeek-V3 family, BF16, block FP8 or INT4; "

@@ -5,7 +5,9 @@ the opt-in device layer and are never active on CUDA. ``README.md`` is the gener
 """
 
 from megatron_k2.patches.cpu import (
+    gpu_affinity,
     hide_gpu_packages,
+    host_offload,
     host_torch,
     record_stream,
     rng_state,
@@ -31,6 +33,7 @@ from megatron_k2.patches.megatron_core import (
     load_verified,
     max_logit_log,
     muonclip_optimizer,
+    offload_groups,
     recompute_without_te,
     save_files,
     save_guard,
@@ -47,6 +50,9 @@ ALL_PATCHES: tuple[Patch, ...] = (
     tiled_cross_entropy.PATCH,
     share_storage.PATCH,
     *tensor_types.PATCHES,
+    *offload_groups.PATCHES,
+    *host_offload.PATCHES,
+    gpu_affinity.PATCH,
     compile_helpers.PATCH,
     *k2_arguments.PATCHES,
     *kimi_tokenizer.PATCHES,

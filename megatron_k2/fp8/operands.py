@@ -4,8 +4,8 @@
 (arXiv 2412.19437, section 3.3.2), emulated on any device: inputs and gradients in tiles of 1 x 128
 along the axis that is summed, weights in 128 x 128, e4m3, power-of-two scales. Every such number is
 a bf16 number, so that a product of bf16 operands with fp32 sums is the scaled FP8 product up to the
-order of its sum. It costs time instead of saving any; it is there to try and compare an FP8 run without a
-GPU. Left out: hybrid's e5m2 gradients, per-tensor and mxfp8 recipes. No Megatron import.
+order of its sum. It costs time instead of saving any; it is there to try and compare an FP8 run
+without a GPU. Left out: hybrid's e5m2 gradients, per-tensor and mxfp8 recipes. No Megatron import.
 """
 
 from __future__ import annotations

@@ -8,6 +8,9 @@ wrongly is refused: activations other than SwiGLU, FP4, latent MoE, probabilitie
 from __future__ import annotations
 
 import torch.nn.functional as F
+from megatron.core.pipeline_parallel.fine_grained_activation_offload import (
+    FineGrainedActivationOffloadingInterface as off_interface,
+)
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -74,11 +77,31 @@ class K2GroupedMLP(TEGroupedMLP):
         )  # fmt: skip
         queues = (fc1.pending, fc2.pending) if self.config.delay_wgrad_compute else None
         in_fp8 = frozenset(getattr(self.config, "k2_fp8_activations", None) or ())
-        output = grouped_swiglu_mlp(
-            permuted_local_hidden_states, permuted_probs, fc1.weight, fc2.weight, plan, queues,
-            in_fp8, self.operands,
-        )  # fmt: skip
-        return output, None
+        offloading = self._offloading(permuted_local_hidden_states)
+        with offloading as x:
+            output = grouped_swiglu_mlp(
+                x, permuted_probs, fc1.weight, fc2.weight, plan, queues, in_fp8, self.operands,
+                self._stay,
+            )  # fmt: skip
+        return offloading.group_offload(output), None
+
+    def _offloading(self, x: Tensor) -> off_interface:
+        """Return the context in which what the function saves is offloaded, as one group.
+
+        Upstream makes two groups, around fc1 and around the activation, which are one function
+        here; the group has the name of the first that is asked for.
+        """
+        name = "expert_fc1" if self.offload_expert_fc1 else "moe_act"
+        return off_interface(self.offload_expert_fc1 or self.offload_moe_act, x, name)
+
+    @property
+    def _stay(self) -> frozenset[str]:
+        """What the function saves that is not asked to be offloaded."""
+        asked = {
+            "moe_up_proj_input": self.offload_expert_fc1,
+            "swiglu_input": self.offload_moe_act,
+        }
+        return frozenset(name for name, is_asked in asked.items() if not is_asked)
 
 
 def _check_supported(config: TransformerConfig) -> None:

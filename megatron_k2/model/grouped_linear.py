@@ -40,6 +40,9 @@ class K2GroupedLinear(torch.nn.Module):
 
     partition_dim: int
     stride = 1
+    save_original_input = True
+    """What upstream asks of Transformer Engine's layers before it offloads their input: that the
+    rows are kept, not an FP8 copy made for the product. These layers keep them in any case."""
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ what is kept does not depend on that. The weight gradients can wait in a queue f
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from itertools import batched
 from typing import Any
 
@@ -53,6 +54,12 @@ class PendingWeightGradient:
         return gradient
 
 
+def mark_not_offload_(tensors: Iterable[Tensor]) -> None:
+    """Set the attribute by which Megatron's fine-grained offloading passes over a saved tensor."""
+    for tensor in tensors:
+        tensor._do_not_offload = True  # type: ignore[attr-defined]
+
+
 WeightGradientQueues = tuple[deque[PendingWeightGradient], deque[PendingWeightGradient]]
 
 
@@ -70,6 +77,7 @@ class _GroupedSwiGLUMLP(torch.autograd.Function):
         queues: WeightGradientQueues | None,
         in_fp8: frozenset[str],
         operands: Operands,
+        stay: frozenset[str],
     ) -> Tensor:
         weights = plan.pad_weights(probs)
         padded = x.new_empty(plan.padded_rows, fc2.shape[1])
@@ -80,8 +88,11 @@ class _GroupedSwiGLUMLP(torch.autograd.Function):
             z = group.product(operands.rows(rows), w1)
             activated = operands.rows(swiglu_forward(z, weights[group.rows]))
             group.product(activated, w2, out=padded[group.rows])
-            saved += keep(rows, "moe_up_proj_input" in in_fp8)
-            saved += keep(z, "swiglu_input" in in_fp8)
+            for name, tensor in (("moe_up_proj_input", rows), ("swiglu_input", z)):
+                parts = keep(tensor, name in in_fp8)
+                if name in stay:
+                    mark_not_offload_(parts)
+                saved += parts
         ctx.save_for_backward(weights, fc1, fc2, *saved)
         ctx.plan, ctx.queues, ctx.in_fp8, ctx.operands = plan, queues, in_fp8, operands
         return plan.collect(padded)
@@ -120,7 +131,7 @@ class _GroupedSwiGLUMLP(torch.autograd.Function):
         for queue, gradient in zip(ctx.queues or (), pending, strict=False):
             queue.append(gradient)
         grad_probs = plan.unpad_weights(padded_probs)
-        return plan.collect(padded_x), grad_probs, grad_fc1, grad_fc2, None, None, None, None
+        return plan.collect(padded_x), grad_probs, grad_fc1, grad_fc2, None, None, None, None, None
 
 
 def _over_rows(operands: Operands, group: RowGroup, x: Tensor) -> Tensor:
@@ -137,6 +148,7 @@ def grouped_swiglu_mlp(
     queues: WeightGradientQueues | None = None,
     in_fp8: frozenset[str] = frozenset(),
     operands: Operands = PLAIN,
+    stay: frozenset[str] = frozenset(),
 ) -> Tensor:
     """Return every row's expert output times its routing probability.
 
@@ -149,10 +161,11 @@ def grouped_swiglu_mlp(
         queues: where the weight gradients of fc1 and fc2 wait, or None to compute them in backward.
         in_fp8: which of ``activation_store.ACTIVATIONS`` are kept in FP8.
         operands: how the products see theirs; in FP8 the plan must be ``batched``.
+        stay: which of ``activation_store.ACTIVATIONS`` fine-grained offloading passes over.
 
     Returns:
         shape and dtype of ``x``; with a permutation, the sum over each token's experts.
     """
     return _GroupedSwiGLUMLP.apply(  # type: ignore[no-any-return]
-        x, probs, fc1, fc2, plan, queues, in_fp8, operands
+        x, probs, fc1, fc2, plan, queues, in_fp8, operands, stay
     )

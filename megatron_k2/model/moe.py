@@ -24,7 +24,7 @@ from megatron_k2.model.dispatcher import K2AlltoAllTokenDispatcher
 from megatron_k2.model.experts import K2GroupedMLP
 from megatron_k2.model.mlp import K2MLP, K2SharedExpertMLP
 from megatron_k2.model.router import K2TopKRouter
-from megatron_k2.model.te_experts import K2TEGroupedMLP, K2TEMLP, K2TESharedExpertMLP
+from megatron_k2.model.te_experts import K2TEMLP, K2TEGroupedMLP, K2TESharedExpertMLP
 
 
 class K2MoELayer(MoELayer):

@@ -19,11 +19,14 @@ from megatron_k2.presets.hf_config import hf_config
 __all__ = ["Field", "Preset", "hf_config", "list_presets", "load_preset"]
 
 
+Value = bool | int | float | str | list[str]
+
+
 @dataclass(frozen=True)
 class Field:
     """One default of a preset: the value and where it comes from."""
 
-    value: bool | int | float | str
+    value: Value
     source: str
 
 
@@ -35,7 +38,7 @@ class Preset:
     summary: str
     fields: dict[str, Field]
 
-    def value(self, dest: str, default: bool | int | float | str | None = None) -> object:
+    def value(self, dest: str, default: Value | None = None) -> object:
         """Return the value of one argument, or ``default`` where the preset is silent."""
         field = self.fields.get(dest)
         return default if field is None else field.value
@@ -77,7 +80,15 @@ def parse_preset(text: str) -> Preset:
     for dest, entry in table.items():
         if not isinstance(entry, dict) or set(entry) != {"value", "source"} or not entry["source"]:
             raise ValueError(f"preset {name}: {dest} needs exactly a value and a source")
-        if not isinstance(entry["value"], bool | int | float | str):
-            raise ValueError(f"preset {name}: {dest} must be a number, a string or true/false")
+        if not _is_value(entry["value"]):
+            raise ValueError(
+                f"preset {name}: {dest} must be a number, a string, true/false or a list of strings"
+            )
         fields[dest] = Field(entry["value"], entry["source"])
     return Preset(name, summary, fields)
+
+
+def _is_value(value: object) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(item, str) for item in value)
+    return isinstance(value, bool | int | float | str)

@@ -183,10 +183,11 @@ def test_megatron_parses_every_field(name: str, monkeypatch: pytest.MonkeyPatch)
             assert args.moe_layer_freq == [0] + [1] * (args.num_layers - 1)
             continue
         assert getattr(args, dest) == field.value
-        kind = actions[dest].type or type(field.value)
-        assert isinstance(field.value, kind), f"{dest} = {field.value!r} is not {kind}"  # type: ignore[arg-type]
-        allowed = actions[dest].choices
-        assert allowed is None or field.value in allowed
+        values = field.value if isinstance(field.value, list) else [field.value]
+        kind, allowed = actions[dest].type or type(values[0]), actions[dest].choices
+        for value in values:
+            assert isinstance(value, kind), f"{dest} = {value!r} is not {kind}"  # type: ignore[arg-type]
+            assert allowed is None or value in allowed
 
 
 @pytest.mark.parametrize("name", list_presets())

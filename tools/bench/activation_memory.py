@@ -2,10 +2,11 @@
 
 ``.venv/bin/python tools/bench/activation_memory.py`` builds an expert layer of k2-nano (attention,
 router, experts, shared expert), runs forwards in bf16 and sums every allocation and release of
-torch's allocator meanwhile: what is left, less the output, is kept. All combinations of the
-recomputed modules, of the two activations in FP8 and of offloading are measured, none is computed.
+torch's allocator meanwhile: what is left, input included and output not, is kept. All combinations
+of recomputed modules, of the two activations in FP8 and of offloading are measured, none computed.
 Offloaded bytes lie in files (megatron_k2/offload_arena.py), as they lie in host memory beside a
-GPU. Times are of forward and backward, settings in turns, and tell of this host only.
+GPU. Times are of forward and backward, settings in turns, and tell of this host only; they are
+in fp32 where it has no bf16 unit.
 ``fp8_store_ratio``: bytes of the two activations in FP8, scales included, over those of bf16.
 ``all_settings_ratio``: all settings of the report over the plain layer; bars 0.52 and 0.35.
 ``pack_vs_copy``: bytes a second of packing a tensor larger than the caches, over those of a copy of
@@ -34,14 +35,16 @@ import torch  # noqa: E402  threads are set before torch starts
 from report import print_json, print_table  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from megatron_k2 import device  # noqa: E402
+
 RECOMPUTE = ("layernorm", "moe_act", "mla_up_proj")
 FP8 = ("moe_up_proj_input", "swiglu_input")
 OFFLOAD = ("attn_norm", "qkv_linear", "core_attn", "attn_proj", "mlp_norm", "expert_fc1", "moe_act")
 PACK_NUMBERS = 1 << 27  # 256 MB of bf16: far larger than any cache
 
 
-def build(overrides: dict[str, Any], arguments: Any) -> Any:
-    """Return an expert layer of the preset in bf16, the same weights for all overrides."""
+def build(overrides: dict[str, Any], arguments: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """Return an expert layer of the preset, the same weights for all overrides."""
     import dataclasses
 
     from megatron.core.transformer.spec_utils import build_module
@@ -52,7 +55,7 @@ def build(overrides: dict[str, Any], arguments: Any) -> Any:
     config = dataclasses.replace(core_transformer_config_from_args(arguments), **overrides)
     torch.manual_seed(0)
     layer = build_module(get_k2_layer_specs(config).layer_specs[-1], config=config, layer_number=2)
-    layer = layer.bfloat16().train()
+    layer = layer.to(dtype).train()
     layer.mlp.router._maintain_float32_expert_bias()
     return layer
 
@@ -80,7 +83,7 @@ def forward(layer: Any, x: Tensor) -> Tensor:
 
         Offload.reset_instance()
         Offload.init_chunk_handler(0, 1, None, layer.config.min_offloaded_tensor_size, 0, 1.0)
-    output, _ = layer(x, attention_mask=None)
+    output, _ = layer(x.clone(), attention_mask=None)  # its input is the layer's to keep or release
     return output
 
 
@@ -92,7 +95,6 @@ def kept_bytes(layer: Any, x: Tensor) -> int:
         output = forward(layer, x)
     events = profile.profiler.kineto_results.events()
     net = sum(event.nbytes() for event in events if event.name() == "[memory]")
-    output.backward(torch.ones_like(output))
     return net - output.nbytes
 
 
@@ -132,7 +134,8 @@ def measure_memory(arguments: Any, x: Tensor) -> tuple[dict[Any, int], float]:
     kept = {}
     for key in itertools.product(subsets(RECOMPUTE), subsets(FP8), (False, True)):
         layer = build(overrides_of(*key), arguments)
-        kept_bytes(layer, x)  # what the first call makes and keeps, such as rotary angles
+        with torch.no_grad():
+            layer(x.clone(), attention_mask=None)  # what the first call keeps: rotary angles
         kept[key] = kept_bytes(layer, x)
     ratio = stored_in_fp8(build(overrides_of((), FP8, False), arguments), x)
     return kept, ratio
@@ -151,7 +154,7 @@ def measure_times(arguments: Any, x: Tensor, repeats: int) -> dict[str, float]:
             "fp8": "e4m3", "fp8_recipe": "blockwise", "k2_fp8_scope": "linear",
         },
     }  # fmt: skip
-    layers = {name: build(fields, arguments) for name, fields in settings.items()}
+    layers = {name: build(fields, arguments, x.dtype) for name, fields in settings.items()}
     grad = torch.randn_like(x)
     times: dict[str, list[float]] = {name: [] for name in layers}
     for _ in range(repeats + 3):
@@ -210,13 +213,15 @@ def main() -> None:
         start_single_process()
     x = torch.randn(options.tokens // 4, 4, arguments.hidden_size).bfloat16().requires_grad_()
     kept, store_ratio = measure_memory(arguments, x)
-    times = measure_times(arguments, x, options.repeats)
-    report(f"{options.preset}, {options.tokens} tokens", kept, store_ratio, times, packing())
+    wide = x if device.host_has_fast_bf16() else x.detach().float().requires_grad_()
+    times = measure_times(arguments, wide, options.repeats)
+    title = f"{options.preset}, {options.tokens} tokens"
+    report(title, kept, store_ratio, times, packing(), wide.dtype)
 
 
 def report(
     what: str, kept: dict[Any, int], store_ratio: float, times: dict[str, float],
-    rates: list[tuple[str, float]],
+    rates: list[tuple[str, float]], dtype: torch.dtype,
 ) -> None:  # fmt: skip
     """Print three tables and one line of JSON."""
     plain = kept[(), (), False]
@@ -230,7 +235,8 @@ def report(
     header = ("recomputed", "in FP8", "kept", "of plain", "offloading", "of plain")
     print_table(f"Kept by one expert layer of {what}, bf16, measured", header, rows)
     cost = [(name, f"{ms:.1f} ms", f"{ms / times['plain']:.2f}") for name, ms in times.items()]
-    print_table(f"Forward and backward, {THREADS} threads", ("setting", "time", "of plain"), cost)
+    title = f"Forward and backward, {THREADS} threads, {str(dtype).removeprefix('torch.')}"
+    print_table(title, ("setting", "time", "of plain"), cost)
     copy = rates[0][1]
     speeds = [(name, f"{rate / 1e9:.2f} GB/s", f"{rate / copy:.2f}") for name, rate in rates]
     print_table("A 256 MB tensor", ("kernel", "bytes moved", "of a copy"), speeds)
