@@ -25,8 +25,9 @@ from torch import Tensor
 FOLDER_VARIABLE = "K2_OFFLOAD_FOLDER"
 """Environment variable that ``--k2-offload-folder`` sets; unset means the temporary folder."""
 
-_LATER = {"attn_norm", "attn_proj", "mlp_norm"}
-"""Groups that upstream closes after core attention's output, in every layer."""
+_LATER = {"attn_norm", "attn_proj"}
+"""Groups that upstream closes after core attention's output, in every layer (mlp_norm: not in dense
+layers of Transformer Engine, whose first linear holds the norm)."""
 
 _STEPS = 8
 """Block sizes between two powers of two: at most 1/8 of a block is unused."""

@@ -52,7 +52,7 @@ def hf_config(preset: Preset) -> dict[str, Any]:
     Returns:
         Names of config.json to values; ``rope_scaling`` is None where the factor is 1.
     """
-    values = {dest: field.value for dest, field in preset.fields.items()}
+    values: dict[str, Any] = {dest: field.value for dest, field in preset.fields.items()}
     config: dict[str, Any] = {name: values[dest] for name, dest in CONFIG_NAMES.items()}
     moe_width = config["moe_intermediate_size"]
     config.update(

@@ -1,8 +1,8 @@
 """Offloaded activations change no bit, whatever the layout, schedule and number format.
 
-Eight microbatches a step (1F1B and interleaved), two steps, of which upstream's first takes down
-what it will offload; then an evaluation of ten microbatches, more than a step has, and one step
-more.
+Two to eight microbatches a step (1F1B and interleaved); two steps, of which upstream's first takes
+down what it will offload; then an evaluation of ten microbatches, more than a step has, and one
+step more.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ RECOMPUTED = dict(
 PACKED = dict(k2_fp8_activations=["moe_up_proj_input", "swiglu_input"])
 OVERLAPPED = dict(overlap_moe_expert_parallel_comm=True, bf16=True)
 CASES = {
-    "PP2": (Case("", 2, layout_of(pp=2)), {}),
+    "PP2": (Case("", 2, layout_of(pp=2), micro_batch_size=2), {}),
     # One layer a chunk: the last groups of a microbatch stay, and upstream took it for finished.
-    "PP2 x VPP2": (Case("", 2, VPP2), {}),
-    "EP2 ZeRO-1, packed": (Case("", 2, layout_of(ep=2), True), PACKED),
+    "PP2 x VPP2": (Case("", 2, VPP2, micro_batch_size=2), {}),
+    "EP2 ZeRO-1, packed": (Case("", 2, layout_of(ep=2), True, micro_batch_size=2), PACKED),
     "TP2 SP, recomputed": (Case("", 2, layout_of(tp=2), micro_batch_size=4), RECOMPUTED),
     "PP4 uneven": (Case("", 4, UNEVEN_PP4), {}),
     "EP2 overlapped": (Case("", 2, layout_of(ep=2)), OVERLAPPED),
