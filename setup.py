@@ -26,7 +26,12 @@ INSTALL_REQUIRES = [
 EXTRAS_REQUIRE = {
     # Needs CUDA 13, a compiler and --no-build-isolation; used only where torch sees a GPU. It loads
     # curand when it is imported and asks nobody for it.
-    "te": ["transformer-engine[core_cu13,pytorch]>=2.20,<2.21", "nvidia-curand>=10.4,<11"],
+    # Megatron asks the driver for the cores beside a GPU when it offloads activations.
+    "te": [
+        "transformer-engine[core_cu13,pytorch]>=2.20,<2.21",
+        "nvidia-curand>=10.4,<11",
+        "nvidia-ml-py>=13,<14",
+    ],
     # 0.5 renames soap, which breaks Megatron 0.19's import of the whole package.
     "muon": ["emerging-optimizers>=0.3,<0.4"],
     "data": ["ray>=2.50,<3", "zstandard>=0.23"],

@@ -72,6 +72,8 @@ def register(device_name: str | None = None, argv: Sequence[str] | None = None) 
     if resolved == "cpu":
         _set_host_threads(argv)
         device.keep_freed_memory()
+    else:  # before its import: else it offloads weights with the activations (2.10 and later)
+        os.environ.setdefault("NVTE_CPU_OFFLOAD_V1", "1")
     applied = []
     for patch in ALL_PATCHES:
         if patch.group == "core" or patch.group == resolved:
