@@ -16,11 +16,7 @@ PARALLEL=(
   --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
   --overlap-moe-expert-parallel-comm --delay-wgrad-compute
 )
-# Section 2.4: recomputed norms, SwiGLU and MLA up-projections.
-MEMORY=(
-  --recompute-granularity selective
-  --recompute-modules layernorm moe_act mla_up_proj
-)
+# Section 2.4.3 (recomputation, FP8 storage of two activations, offloading) comes with the preset.
 # Section 2.1: MuonClip. Its pieces of matrices travel in 16 bits; at 256 GPUs nothing shards the
 # experts' momenta and fp32 weights (34 GB a GPU), so they lie in host memory between steps.
 OPTIMIZER=(
@@ -33,7 +29,7 @@ TRAINING=(--micro-batch-size 1 --train-iters 230968 --rotary-scaling-factor 1)
 torchrun --nproc-per-node 8 --nnodes "$NODES" --node-rank "$NODE_RANK" \
   --master-addr "$MASTER" --master-port 29500 \
   -m megatron_k2.training.pretrain --k2-preset kimi-k2 \
-  "${PARALLEL[@]}" "${MEMORY[@]}" "${OPTIMIZER[@]}" "${TRAINING[@]}" \
+  "${PARALLEL[@]}" "${OPTIMIZER[@]}" "${TRAINING[@]}" \
   --data-path "$DATA_PREFIX" --tokenizer-type SentencePieceTokenizer \
   --tokenizer-model "$TOKENIZER" --split 999,1,0 \
   --save "$OUT/checkpoints" --load "$OUT/checkpoints" --save-interval 500 --async-save \
