@@ -192,6 +192,8 @@ def _validate_offloading(args: argparse.Namespace) -> None:
     """Refuse what offloading does not do, and hide the host's from upstream, which asks for TE."""
     args.k2_offloads_activations = args.fine_grained_activation_offloading
     if not args.fine_grained_activation_offloading:
+        if args.k2_offload_folder:
+            raise UsageError("--k2-offload-folder needs --fine-grained-activation-offloading")
         return
     selective = args.recompute_granularity == "selective" or args.recompute_activations
     recompute = args.recompute_modules or ["core_attn"]  # upstream's default of selective
@@ -201,6 +203,12 @@ def _validate_offloading(args: argparse.Namespace) -> None:
             "selective" if selective else args.recompute_granularity,
             recompute,
         )
+        if args.k2_device != "cpu" and args.transformer_impl != "transformer_engine":
+            raise ValueError(
+                "--fine-grained-activation-offloading on a GPU needs --transformer-impl "
+                f"transformer_engine, found {args.transformer_impl}; or give "
+                "--no-fine-grained-activation-offloading"
+            )
         if args.k2_device == "cpu":
             if args.k2_offload_folder:
                 os.environ[FOLDER_VARIABLE] = args.k2_offload_folder
@@ -224,7 +232,15 @@ def _validate_folder(args: argparse.Namespace) -> None:
 
 def _validate_fp8(args: argparse.Namespace) -> None:
     """Refuse FP8 that layers without Transformer Engine do not emulate."""
+    if not args.fp8 and "k2_fp8_scope" in args.k2_explicit:
+        raise UsageError(f"--k2-fp8-scope {args.k2_fp8_scope} needs --fp8-format")
     if args.fp8 and args.transformer_impl == "local":
+        for dest in ("moe_router_padding_for_fp8", "fp8_output_proj", "keep_fp8_transpose_cache"):
+            if getattr(args, dest, False):
+                raise UsageError(
+                    f"--{dest.replace('_', '-')} needs --transformer-impl transformer_engine; "
+                    "emulated FP8 has no use for it"
+                )
         try:
             check_emulated(args.fp8, args.fp8_recipe, args.k2_fp8_scope, not args.fp8_wgrad)
         except ValueError as error:

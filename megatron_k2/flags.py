@@ -75,9 +75,26 @@ def add_model_flags(group: Any) -> None:
     )
     group.add_argument(
         "--k2-fp8-activations",
-        nargs="+",
+        nargs="*",
         choices=ACTIVATIONS,
-        help="Keep these for the backward pass in FP8, a scale for 128 numbers; K2 keeps both.",
+        help="Keep these for the backward pass in FP8, a scale for 128 numbers; K2 keeps both. No "
+        "name: none, whatever the preset says.",
+    )
+    group.add_argument(
+        "--no-recompute",
+        action="store_const",
+        const=None,
+        dest="recompute_granularity",
+        default=argparse.SUPPRESS,
+        help="Recompute nothing: takes back what a preset sets. --recompute-modules also takes "
+        "moe_down_proj, which is moe_act here (megatron_k2/fp8/README.md).",
+    )
+    group.add_argument(
+        "--no-fine-grained-activation-offloading",
+        action="store_false",
+        dest="fine_grained_activation_offloading",
+        default=argparse.SUPPRESS,
+        help="Offload nothing: takes back what a preset sets.",
     )
     group.add_argument(
         "--k2-fp8-scope",

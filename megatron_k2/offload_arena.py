@@ -67,10 +67,16 @@ def check_offload_modules(
     Raises:
         ValueError: upstream would fail in the backward pass, or offload nothing.
     """
+    if not offload:
+        raise ValueError(
+            "--fine-grained-activation-offloading needs --offload-modules: attn_norm, qkv_linear, "
+            "core_attn, attn_proj, mlp_norm, expert_fc1, moe_act"
+        )
     if granularity == "full":
         raise ValueError(
             "--fine-grained-activation-offloading frees the inputs of layers, which "
-            "--recompute-granularity full needs again; allowed: selective"
+            "--recompute-granularity full needs again; allowed: selective, or "
+            "--no-fine-grained-activation-offloading"
         )
     if granularity != "selective":
         return

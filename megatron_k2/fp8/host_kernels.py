@@ -33,6 +33,14 @@ def library() -> ctypes.CDLL | None:
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
     if compiler is None:
         return None
+    try:
+        return _compiled(compiler)
+    except (OSError, RuntimeError):  # no folder to keep it in, or none to load it from
+        return None
+
+
+def _compiled(compiler: str) -> ctypes.CDLL | None:
+    """Return the library, made by this compiler if it is not kept yet; None if that fails."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
     key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version, _processor()])).hexdigest()
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -51,7 +59,10 @@ def library() -> ctypes.CDLL | None:
 def describe() -> str:
     """Return one line on what packs the host's tiles."""
     if library() is None:
-        return "FP8 tiles in plain torch: no C compiler (gcc), or MEGATRON_K2_HOST_KERNELS=off"
+        return (
+            "FP8 tiles in plain torch, many times slower: no C compiler (gcc) or it failed, no "
+            "folder to keep its library in ($XDG_CACHE_HOME), or MEGATRON_K2_HOST_KERNELS=off"
+        )
     return "FP8 tiles by compiled kernels"
 
 

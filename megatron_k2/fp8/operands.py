@@ -75,7 +75,12 @@ def snap(x: Tensor, tile: Tile) -> Tensor:
 
     Returns:
         shape and dtype of ``x``, contiguous. Edges as in tiles.py.
+
+    Raises:
+        ValueError: it is no matrix.
     """
+    if x.dim() < 2:
+        raise ValueError(f"snap needs [..., rows, columns], found {tuple(x.shape)}")
     library = host_kernels.library()
     if x.device.type != "cpu" or x.dtype not in _KERNELS or library is None:
         return snap_plain(x, tile)

@@ -6,7 +6,7 @@ happens here: modules outside the scope ``experts`` answer with ``BF16``, those 
 that they keep the layer's own recipe: delayed, tensorwise, blockwise or mxfp8,
 ``--fp8-param-gather`` included. ``linear`` is Megatron's own meaning, DeepSeek-V3's (arXiv
 2412.19437, section 3.3) and the set of tensors that K2's release holds in FP8; ``all`` is
-``--fp8-dot-product-attention``.
+the field ``fp8_dot_product_attention``.
 
 Kimi K2 itself was trained in bf16 products (arXiv 2507.20534, section 2.4.3). Modules were built on
 the meta device under every recipe; nothing was run on a GPU.
@@ -67,7 +67,7 @@ def check_scope(config: Any) -> None:
         if config.fp8_dot_product_attention or config.fp8_multi_head_attention:
             raise ValueError(
                 f"--k2-fp8-scope {scope} keeps the attention's products in bf16; with "
-                "--fp8-dot-product-attention or --fp8-multi-head-attention it must be all"
+                "fp8_dot_product_attention or fp8_multi_head_attention it must be all"
             )
         return
     if config.fp8_recipe == "blockwise":
@@ -78,7 +78,7 @@ def check_scope(config: Any) -> None:
     if config.qk_clip or config.log_max_attention_logit:
         raise ValueError(
             "--k2-fp8-scope all: Transformer Engine's FP8 attention does not return the largest "
-            "logit; leave out --k2-te-max-attention-logit, --log-max-attention-logit and --qk-clip"
+            "logit; leave out --log-max-attention-logit and --qk-clip"
         )
     _check_heads(config.qk_head_dim + config.qk_pos_emb_head_dim, config.v_head_dim)
 

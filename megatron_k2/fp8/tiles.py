@@ -150,7 +150,8 @@ def _kernel(what: str, x: Tensor) -> Any:
     """Return the host's kernel for a tensor; None if there is none."""
     name = _KERNELS.get(x.dtype)
     library = host_kernels.library()
-    if library is None or name is None or x.device.type != "cpu" or not x.is_contiguous():
+    is_plain = x.device.type == "cpu" and x.is_contiguous() and x.dim() == 2
+    if library is None or name is None or not is_plain:
         return None
     return getattr(library, f"{what}_{name}")
 

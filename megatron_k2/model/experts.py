@@ -75,7 +75,8 @@ class K2GroupedMLP(TEGroupedMLP):
             tokens_per_expert.tolist(), permuted_local_hidden_states, permutation,
             batched=self.operands.is_fp8,
         )  # fmt: skip
-        queues = (fc1.pending, fc2.pending) if self.config.delay_wgrad_compute else None
+        is_delayed = self.config.delay_wgrad_compute and fc1.weight.requires_grad
+        queues = (fc1.pending, fc2.pending) if is_delayed and fc2.weight.requires_grad else None
         in_fp8 = frozenset(getattr(self.config, "k2_fp8_activations", None) or ())
         offloading = self._offloading(permuted_local_hidden_states)
         with offloading as x:
@@ -116,7 +117,9 @@ def _check_supported(config: TransformerConfig) -> None:
         "activation_func_clamp_value": config.activation_func_clamp_value is not None,
         "glu_linear_offset": config.glu_linear_offset != 0,
         "--moe-mlp-glu-interleave-size": config.moe_mlp_glu_interleave_size is not None,
-        "--gradient-accumulation-fusion": config.gradient_accumulation_fusion,
+        "gradient accumulation fusion (give --no-gradient-accumulation-fusion)": (
+            config.gradient_accumulation_fusion
+        ),
         "--use-transformer-engine-op-fuser": config.use_transformer_engine_op_fuser,
     }
     for what, is_asked in refused.items():

@@ -167,5 +167,13 @@ def grouped_swiglu_mlp(
         shape and dtype of ``x``; with a permutation, the sum over each token's experts.
     """
     return _GroupedSwiGLUMLP.apply(  # type: ignore[no-any-return]
-        x, probs, fc1, fc2, plan, queues, in_fp8, operands, stay
+        x,
+        probs,
+        fc1,
+        fc2,
+        plan,
+        queues,
+        in_fp8 if torch.is_grad_enabled() else frozenset(),
+        operands,
+        stay,
     )

@@ -63,7 +63,7 @@ class _Linear(torch.autograd.Function):
         grad_weight = None
         if ctx.pending is not None:
             ctx.pending.append((grad_output, input))
-        else:
+        elif ctx.needs_input_grad[1]:
             whole = _gathered(input, ctx.tp_group) if ctx.sequence_parallel else input
             grad_weight = _weight_gradient(grad_output, whole, ctx.operands)
         if ctx.sequence_parallel:

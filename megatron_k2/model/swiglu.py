@@ -113,4 +113,4 @@ def swiglu(z: torch.Tensor, in_fp8: bool = False) -> torch.Tensor:
     Returns:
         [..., ffn], dtype of ``z``.
     """
-    return _SwiGLU.apply(z, in_fp8)  # type: ignore[no-any-return]
+    return _SwiGLU.apply(z, in_fp8 and torch.is_grad_enabled())  # type: ignore[no-any-return]

@@ -95,7 +95,7 @@ def _refuse_other_keepers(config: Any, names: frozenset[str]) -> None:
         "--use-transformer-engine-op-fuser": config.use_transformer_engine_op_fuser,
         "--use-grouped-gemm-for-shared-expert": config.use_grouped_gemm_for_shared_expert,
         "--cpu-offloading-num-layers": config.cpu_offloading,
-        "--activation-func-fp8-input-store": config.activation_func_fp8_input_store,
+        "activation_func_fp8_input_store": config.activation_func_fp8_input_store,
     }
     if config.fine_grained_activation_offloading:
         for name in names:

@@ -393,3 +393,29 @@ def test_a_larger_vocabulary_than_the_folders_is_refused(
     validated(monkeypatch, "--k2-load-hf", str(release), "--vocab-size", "300")
     with pytest.raises(UsageError, match=r"--vocab-size 301: --k2-load-hf .* has 300 rows"):
         validated(monkeypatch, "--k2-load-hf", str(release), "--vocab-size", "301")
+
+
+def test_what_a_preset_sets_for_memory_can_be_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    preset = ("--k2-preset", "kimi-k2", "--expert-model-parallel-size", "1")
+    args = validated(monkeypatch, *preset)
+    assert args.recompute_granularity == "selective" and len(args.k2_fp8_activations) == 2
+    assert args.k2_offloads_activations
+    off = ("--no-recompute", "--no-fine-grained-activation-offloading", "--k2-fp8-activations")
+    args = validated(monkeypatch, *preset, *off)
+    assert args.recompute_granularity is None and not args.k2_fp8_activations
+    assert not args.k2_offloads_activations
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--k2-fp8-scope", "linear"], "--k2-fp8-scope linear needs --fp8-format"),
+        (["--k2-offload-folder", "/tmp"], "needs --fine-grained-activation-offloading"),
+        (["--fine-grained-activation-offloading"], "needs --offload-modules: attn_norm"),
+    ],
+)
+def test_memory_flags_without_their_switch_are_refused(
+    monkeypatch: pytest.MonkeyPatch, argv: list[str], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        validated(monkeypatch, "--k2-preset", "k2-nano", *argv)

@@ -67,14 +67,16 @@ def main(argv: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "cells.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    losses = {(row["setting"], row["seed"]): row["loss"] for row in rows}
+    of = [options.preset, options.precision, options.steps, options.eval_iters]
+    of += [str(options.tokens), *options.flags]
+    losses = {(row["setting"], row["seed"]): row["loss"] for row in rows if row["of"] == of}
     for seed in options.seeds:
         for setting in options.settings:
             if (setting, seed) in losses:
                 continue
             began = time.monotonic()
             losses[setting, seed] = run(setting, seed, options)
-            row = {"setting": setting, "seed": seed, "loss": losses[setting, seed]}
+            row = {"setting": setting, "seed": seed, "loss": losses[setting, seed], "of": of}
             row["seconds"] = round(time.monotonic() - began, 1)
             with path.open("a") as file:
                 file.write(json.dumps(row) + "\n")

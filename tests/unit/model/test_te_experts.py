@@ -224,7 +224,7 @@ def test_no_tensor_is_held_after_the_forward_pass() -> None:
 REFUSED: dict[str, Callable[[Any], Any]] = {
     "--use-transformer-engine-op-fuser": lambda c: setattr(c, "use_transformer_engine_op_fuser", 1),
     "--cpu-offloading-num-layers": lambda c: setattr(c, "cpu_offloading", True),
-    "--activation-func-fp8-input-store": lambda c: setattr(
+    "activation_func_fp8_input_store": lambda c: setattr(
         c, "activation_func_fp8_input_store", True
     ),
     "--offload-modules moe_act": lambda c: c.offload_modules.append("moe_act"),
