@@ -130,7 +130,8 @@ def config_from_arguments(arguments: Mapping[str, Any], **overrides: Any) -> K2T
     values["moe_layer_freq"] = _layer_pattern(pattern) if isinstance(pattern, str) else pattern
     values.update(
         activation_func=torch.nn.functional.silu,
-        bias_activation_fusion=False,
+        # What --bias-swiglu-fusion is by default on a GPU; the host has no such kernel.
+        bias_activation_fusion=overrides.get("transformer_impl") == "transformer_engine",
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
