@@ -41,7 +41,7 @@ CASES = {
         {**RECOMPUTED, **PACKED},
     ),
 }  # fmt: skip
-WIDE = {"PP4 uneven", "EP2 overlapped", "TP2 x PP2 x EP2 ZeRO-1"}
+WIDE = {"PP2", "PP4 uneven", "EP2 overlapped", "TP2 x PP2 x EP2 ZeRO-1"}
 
 
 def train(pool: Pool, case: Case, fields: dict[str, Any]) -> list[dict[str, Any]]:
