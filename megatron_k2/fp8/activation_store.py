@@ -45,17 +45,25 @@ def restore(saved: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
     return dequantise(Tiles(saved[0], saved[1]), dtype)
 
 
-def kept_in_fp8(wanted: Callable[[Tensor], bool]) -> AbstractContextManager[Any]:
+def kept_in_fp8(
+    wanted: Callable[[Tensor], bool], releases_leaves: bool = False
+) -> AbstractContextManager[Any]:
     """Return a context in which autograd saves the wanted tensors in FP8.
 
     Args:
         wanted: tells, of every tensor that is saved, whether to pack it.
+        releases_leaves: free a packed leaf's memory. Megatron's ``CheckpointWithoutOutput`` saves
+            detached copies, after their last use in the forward pass; autograd keeps a leaf alive
+            for its gradient, so that packing it would save nothing.
     """
 
     def pack(tensor: Tensor) -> Any:
         if not wanted(tensor):
             return tensor
-        return keep(tensor, True), tensor.shape, tensor.dtype
+        packed = keep(tensor, True), tensor.shape, tensor.dtype
+        if releases_leaves and tensor.is_leaf and tensor.requires_grad:
+            tensor.untyped_storage().resize_(0)
+        return packed
 
     def unpack(saved: Any) -> Tensor:
         if isinstance(saved, Tensor):

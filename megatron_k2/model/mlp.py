@@ -50,7 +50,7 @@ class K2MLP(MLP):
         ):
             return self.linear_fc2(swiglu(intermediate, in_fp8))
         checkpoint = CheckpointWithoutOutput()
-        with kept_in_fp8(lambda tensor: True) if in_fp8 else nullcontext():
+        with kept_in_fp8(lambda tensor: True, True) if in_fp8 else nullcontext():
             activated = checkpoint.checkpoint(swiglu, intermediate)
         output, bias = self.linear_fc2(activated)
         checkpoint.discard_output_and_register_recompute(output)

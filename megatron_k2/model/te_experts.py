@@ -44,6 +44,9 @@ class KeepsInFP8:
         names = check_names(config.k2_fp8_activations or ())
         _refuse_other_keepers(config, names)
         self._held: list[Tensor] = []
+        self._recomputes = (
+            config.recompute_granularity == "selective" and "moe_act" in config.recompute_modules
+        )
         if self.is_routed and "moe_up_proj_input" in names:
             linear.register_forward_pre_hook(lambda _, args: self._held.append(args[0]))
         if "swiglu_input" in names:
@@ -56,7 +59,7 @@ class KeepsInFP8:
     def _packing(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call a function under the hooks; the held tensors live on so that no storage returns."""
         try:
-            with kept_in_fp8(self._is_wanted):
+            with kept_in_fp8(self._is_wanted, self._recomputes):
                 return function(*args, **kwargs)
         finally:
             self._held.clear()

@@ -80,6 +80,36 @@ def test_recomputation_of_products_in_fp8_is_to_the_bit() -> None:
     assert_same_bits(train(**blockwise, **modules), train(**blockwise))
 
 
+def test_what_is_stored_in_fp8_and_recomputed_from_is_kept_once() -> None:
+    """SwiGLU's input in a shared expert: its tiles stay, its output and itself do not."""
+    from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+
+    from megatron_k2.fp8.activation_store import kept_in_fp8
+    from megatron_k2.model.swiglu import swiglu
+
+    x, first, second = (torch.randn(n, 128, requires_grad=True) for n in (2048, 256, 128))
+
+    def forward() -> torch.Tensor:
+        checkpoint, z = CheckpointWithoutOutput(), x @ first.t()
+        with kept_in_fp8(lambda tensor: True, releases_leaves=True):
+            activated = checkpoint.checkpoint(swiglu, z)
+        output = activated @ second.t()
+        checkpoint.discard_output_and_register_recompute(output)
+        return output
+
+    gc.collect()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        output = forward()
+    events = profile.profiler.kineto_results.events()
+    kept = sum(e.nbytes() for e in events if e.name() == "[memory]") - output.nbytes
+    tiles = 2048 * 256 + 4 * 2048 * 2
+    states_of_generators = 1 << 15  # what upstream's checkpoint keeps beside
+    assert tiles <= kept <= tiles + states_of_generators
+    output.sum().backward()
+    assert all(t.grad is not None and t.grad.isfinite().all() for t in (x, first, second))
+
+
 def test_nothing_of_the_down_projection_is_kept() -> None:
     """Its output has one row a token and expert; only fc1's input and output have as many here."""
     from megatron_k2.model.grouped_gemm import plan_rows
