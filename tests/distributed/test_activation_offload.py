@@ -36,12 +36,27 @@ CASES = {
     "TP2 SP, recomputed": (Case("", 2, layout_of(tp=2), micro_batch_size=4), RECOMPUTED),
     "PP4 uneven": (Case("", 4, UNEVEN_PP4), {}),
     "EP2 overlapped": (Case("", 2, layout_of(ep=2)), OVERLAPPED),
+    # What examples/kimi_k2_1t/pretrain.sh asks for at once.
+    "EP2 overlapped, as the script": (
+        Case("", 2, layout_of(ep=2)),
+        {
+            **OVERLAPPED, **PACKED, "delay_wgrad_compute": True, "moe_grouped_gemm": True,
+            "recompute_granularity": "selective",
+            "recompute_modules": ["layernorm", "mla_up_proj", "moe_act"],
+        },
+    ),
     "TP2 x PP2 x EP2 ZeRO-1": (
         Case("", 8, layout_of(tp=2, pp=2, ep=2, etp=1), True, micro_batch_size=2),
         {**RECOMPUTED, **PACKED},
     ),
 }  # fmt: skip
-WIDE = {"PP2", "PP4 uneven", "EP2 overlapped", "TP2 x PP2 x EP2 ZeRO-1"}
+WIDE = {
+    "PP2",
+    "PP4 uneven",
+    "EP2 overlapped",
+    "EP2 overlapped, as the script",
+    "TP2 x PP2 x EP2 ZeRO-1",
+}
 
 
 def train(pool: Pool, case: Case, fields: dict[str, Any]) -> list[dict[str, Any]]:
