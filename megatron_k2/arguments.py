@@ -26,7 +26,9 @@ from megatron_k2.flags import (
     add_optimizer_flags,
     add_run_flags,
     add_yarn_flags,
+    extend_recompute_help,
 )
+from megatron_k2.fp8 import host_kernels
 from megatron_k2.fp8.scope import check_emulated
 from megatron_k2.inputs import UsageError, check_data_files
 from megatron_k2.layouts import validate_layout
@@ -98,6 +100,7 @@ def add_k2_args(
     group = parser.add_argument_group(title="k2")
     add_run_flags(group)
     add_model_flags(group)
+    extend_recompute_help(parser)
     add_yarn_flags(group)
     add_optimizer_flags(parser)
     if device.flag_value("--optimizer", argv) == MUONCLIP:
@@ -312,10 +315,19 @@ def finish_k2_args(args: argparse.Namespace) -> None:
             args.k2_log_optimizer_interval = args.log_interval
     args.delay_wgrad_compute = args.k2_delay_wgrad_compute
     args.fine_grained_activation_offloading = args.k2_offloads_activations
+    _tell_slow_tiles(args)
     # Upstream ties its logging of the maximum logit to Transformer Engine >= 2.9; ours needs none.
     args.k2_te_max_attention_logit = bool(args.log_max_attention_logit)
     if args.k2_max_attention_logit and args.multi_latent_attention:
         args.log_max_attention_logit = True
+
+
+def _tell_slow_tiles(args: argparse.Namespace) -> None:
+    """Say once where FP8 tiles on the host are many times slower than they need be."""
+    packs = args.k2_fp8_activations or (args.fp8 and args.transformer_impl == "local")
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    if packs and args.k2_device == "cpu" and is_first and host_kernels.library() is None:
+        print(f"megatron_k2: {host_kernels.describe()}", file=sys.stderr, flush=True)
 
 
 def _explicit_destinations(parser: argparse.ArgumentParser, argv: Sequence[str]) -> set[str]:

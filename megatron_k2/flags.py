@@ -86,8 +86,7 @@ def add_model_flags(group: Any) -> None:
         const=None,
         dest="recompute_granularity",
         default=argparse.SUPPRESS,
-        help="Recompute nothing: takes back what a preset sets. --recompute-modules also takes "
-        "moe_down_proj, which is moe_act here (megatron_k2/fp8/README.md).",
+        help="Recompute nothing: takes back what a preset sets.",
     )
     group.add_argument(
         "--no-fine-grained-activation-offloading",
@@ -110,6 +109,12 @@ def add_model_flags(group: Any) -> None:
         default=True,
         help="Record the exact maximum softmax input of every head (MuonClip needs it).",
     )
+
+
+def extend_recompute_help(parser: argparse.ArgumentParser) -> None:
+    """Name K2's own module in the help of Megatron's ``--recompute-modules``."""
+    action = parser._option_string_actions["--recompute-modules"]
+    action.help = f"{action.help or ''} moe_down_proj: as moe_act, see megatron_k2/fp8/README.md."
 
 
 def add_yarn_flags(group: Any) -> None:

@@ -4,7 +4,7 @@ One parameter [local experts, out, in] a layer: the layout that upstream calls a
 weight. The sharded state dict has the keys, global shapes and offsets of ``TEGroupedLinear`` and of
 ``SequentialMLP`` (the expert axis in front), so that a checkpoint begun on a CPU resumes on CUDA
 and the other way round. Expert tensor parallelism cuts the ffn dimension, gate and up alike. Weight
-gradients wait for ``backward_dw`` under ``--delay-wgrad-compute``. Left out: biases and FP8.
+gradients wait for ``backward_dw`` under ``--delay-wgrad-compute``. Left out: biases.
 """
 
 from __future__ import annotations

@@ -268,3 +268,26 @@ def test_five_kills_change_no_byte(tmp_path: Path) -> None:
         killed.survive(kills, seconds, clock)
         assert all_bytes(killed.folder) == all_bytes(wanted)
         print(direction, killed.kills)
+
+
+def test_a_worker_stays_in_a_file_of_its_own_and_shares_the_last() -> None:
+    from multiprocessing.connection import Pipe
+
+    from megatron_k2.checkpoint.stream.run import _Queue
+
+    files = {"a": [0, 1, 2], "b": [3, 4], "c": [5, 6, 7, 8]}
+    queue = _Queue([(index, path) for path, units in files.items() for index in units])
+    first, second = Pipe()
+    taken: dict[object, list[int]] = {first: [], second: []}
+    while True:
+        for worker, units in taken.items():
+            index = queue.next_for(worker)
+            if index is None:
+                break
+            units.append(index)
+        else:
+            continue
+        break
+    assert taken[first][:3] == files["a"] and taken[second][:2] == files["b"]
+    assert sorted(taken[first] + taken[second]) == list(range(9))
+    assert queue.next_for(first) is None and queue.next_for(second) is None

@@ -120,3 +120,14 @@ def test_edges_keep_results_finite_and_right() -> None:
 def test_no_rows_make_no_tiles() -> None:
     tiles = quantise_rows(torch.empty(0, 256))
     assert tiles == Tiles(tiles.data, tiles.scales) and dequantise(tiles).shape == (0, 256)
+
+
+def test_a_folder_that_cannot_be_written_means_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    host_kernels.library.cache_clear()
+    try:
+        assert host_kernels.library() is None and "XDG_CACHE_HOME" in host_kernels.describe()
+        x = torch.randn(4, 200)
+        assert torch.equal(quantise_rows(x).scales, quantise_rows_plain(x).scales)
+    finally:
+        host_kernels.library.cache_clear()
