@@ -276,15 +276,15 @@ def test_a_worker_stays_in_a_file_of_its_own_and_shares_the_last() -> None:
     from megatron_k2.checkpoint.stream.run import _Queue
 
     files = {"a": [0, 1, 2], "b": [3, 4], "c": [5, 6, 7, 8]}
-    queue = _Queue([(index, path) for path, units in files.items() for index in units])
+    queue = _Queue([(index, path) for path, members in files.items() for index in members])
     first, second = Pipe()
     taken: dict[object, list[int]] = {first: [], second: []}
     while True:
-        for worker, units in taken.items():
+        for worker, got in taken.items():
             index = queue.next_for(worker)
             if index is None:
                 break
-            units.append(index)
+            got.append(index)
         else:
             continue
         break
