@@ -56,6 +56,25 @@ def test_kernels_and_plain_torch_agree_to_the_bit(
         assert_same(dequantise(fast, dtype), dequantise_rows_plain(plain.data, plain.scales, dtype))
 
 
+@pytest.mark.parametrize("exponent", [-126, -60, -52, -51, -50, 0, 60, 127])
+def test_whole_tiles_divide_every_bf16_number_by_every_scale_as_torch_does(exponent: int) -> None:
+    # A tile's scale is its largest number / 448: 128 mantissas; all numbers down to 2^-20 of it,
+    # which is 2^-11 of the scale, a quarter of e4m3's least step.
+    one = int(torch.tensor(1.0).bfloat16().view(torch.int16)) + exponent * 128
+    bits = torch.arange(max(one - 20 * 128, 0), one + 128, dtype=torch.int16)
+    largest = torch.arange(one, one + 128, dtype=torch.int16)
+    columns = -(-len(bits) // 127)
+    numbers = torch.nn.functional.pad(bits, (0, columns * 127 - len(bits))).view(columns, 127)
+    tiles = numbers.expand(128, columns, 127).minimum(largest[:, None, None])
+    tiles = torch.cat([tiles, largest[:, None, None].expand(128, columns, 1)], -1)
+    x = tiles.reshape(128, columns * 128).view(torch.bfloat16)
+    for signed in (x, -x):
+        for power_of_two in (False, True):
+            fast, plain = (f(signed, power_of_two) for f in (quantise_rows, quantise_rows_plain))
+            assert torch.equal(fast.scales, plain.scales)
+            assert torch.equal(fast.data.view(torch.uint8), plain.data.view(torch.uint8))
+
+
 @pytest.mark.parametrize("power_of_two", [False, True])
 def test_every_number_is_within_half_a_step_of_its_grid(power_of_two: bool) -> None:
     x = torch.randn(64, 1000, generator=torch.Generator().manual_seed(3)).double()
