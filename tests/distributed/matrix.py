@@ -76,21 +76,23 @@ UNEVEN_VPP2 = layout_of(
 )
 
 CASES = (
-    Case("PP2", 2, layout_of(pp=2), bit_for_bit=True),
+    Case("PP2", 2, layout_of(pp=2), bit_for_bit=True, evidence=True),
     Case("PP4", 4, layout_of(pp=4), bit_for_bit=True, evidence=True),
-    Case("PP4 uneven", 4, UNEVEN_PP4, bit_for_bit=True),
+    Case("PP4 uneven", 4, UNEVEN_PP4, bit_for_bit=True, evidence=True),
     Case("PP2 x VPP2", 2, VPP2, bit_for_bit=True, evidence=True),
     Case("PP2 x VPP2 uneven", 2, UNEVEN_VPP2, bit_for_bit=True),
-    Case("DP2", 2, layout_of()),
+    Case("DP2", 2, layout_of(), evidence=True),
     Case("DP2 ZeRO-1", 2, layout_of(), use_distributed_optimizer=True),
     Case("TP2 SP", 2, layout_of(tp=2), micro_batch_size=2),
     Case("EP2", 2, layout_of(ep=2)),
-    Case("EP4 ZeRO-1", 4, layout_of(ep=4), use_distributed_optimizer=True),
+    Case("EP4 ZeRO-1", 4, layout_of(ep=4), True, evidence=True),
     Case("TP2 x EP2, ETP1", 2, layout_of(tp=2, ep=2, etp=1), micro_batch_size=2, evidence=True),
     Case("TP2 x EP2, ETP2", 4, layout_of(tp=2, ep=2, etp=2), micro_batch_size=2),
     Case("TP2 x PP2", 4, layout_of(tp=2, pp=2), micro_batch_size=2, evidence=True),
     Case("EP2 x PP2", 4, layout_of(ep=2, pp=2), evidence=True),
-    Case("EP2 x PP2 x VPP2 ZeRO-1", 4, {**VPP2, "expert_model_parallel_size": 2}, True),
+    Case(
+        "EP2 x PP2 x VPP2 ZeRO-1", 4, {**VPP2, "expert_model_parallel_size": 2}, True, evidence=True
+    ),
     Case("TP2 x PP2 x EP2 ZeRO-1", 8, layout_of(tp=2, pp=2, ep=2, etp=1), True, micro_batch_size=2),
     Case("TP2 SP, one sequence at a time", 2, layout_of(tp=2), evidence=True),
 )

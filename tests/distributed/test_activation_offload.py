@@ -52,6 +52,8 @@ CASES = {
 }  # fmt: skip
 WIDE = {
     "PP2",
+    "EP2 ZeRO-1, packed",
+    "TP2 SP, recomputed",
     "PP4 uneven",
     "EP2 overlapped",
     "EP2 overlapped, as the script",
