@@ -4,10 +4,11 @@ SHELL := /bin/bash
 PYTHON_VENV := .venv/bin/python
 export PYTHON
 
-.PHONY: help setup pretrain test test-te evidence bench format lint docs-check clean
+.PHONY: help setup pretrain recipe-nano test test-te evidence bench format lint docs-check clean
 
 help:
 	@echo "make pretrain    train k2-nano on real text: INPUT=file.jsonl OUT=folder MINUTES=3"
+	@echo "make recipe-nano every stage of Kimi K2's recipe, made small: OUT=folder"
 	@echo "make test        ruff, mypy and the tests"
 	@echo "make test-te     the tests of tests/te, in .venv-te with Transformer Engine (MAX_JOBS=1)"
 	@echo "make evidence    the heavy proofs that make test leaves out"
@@ -21,6 +22,10 @@ setup:
 pretrain: setup
 	@$(PYTHON_VENV) tools/pretrain_from_text.py $(if $(INPUT),--input "$(INPUT)") \
 		$(if $(OUT),--out "$(OUT)") $(if $(MINUTES),--minutes "$(MINUTES)")
+
+recipe-nano: setup
+	@$(PYTHON_VENV) tools/run_recipe.py examples/kimi_k2_1t/recipe.toml --scale nano \
+		$(if $(OUT),--out "$(OUT)")
 
 lint: setup
 	$(PYTHON_VENV) -m ruff check .

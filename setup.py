@@ -54,7 +54,11 @@ setup(
     python_requires=">=3.12",
     packages=find_packages(include=["megatron_k2", "megatron_k2.*"]) + PATCH_PACKAGES,
     package_dir={"megatron_k2.patches": "patches"},
-    package_data={"megatron_k2.presets": ["*.toml"], "megatron_k2.fp8": ["*.c"]},
+    package_data={
+        "megatron_k2.presets": ["*.toml"],
+        "megatron_k2.fp8": ["*.c"],
+        "megatron_k2.planning": ["*.toml"],
+    },
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     entry_points={

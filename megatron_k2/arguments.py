@@ -37,6 +37,7 @@ from megatron_k2.offload_arena import (
     check_folder,
     check_offload_modules,
     offload_folder,
+    too_small_to_offload,
 )
 from megatron_k2.presets import Preset, list_presets, load_preset
 
@@ -75,7 +76,6 @@ _GPU_ONLY: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("fp8_param_gather", (False,), "--fp8-param-gather"),
     ("fp4", (None, False), "--fp4-format"),
     ("tp_comm_overlap", (False,), "--tp-comm-overlap"),
-    ("context_parallel_size", (1,), "--context-parallel-size"),
     ("use_megatron_fsdp", (False,), "--use-megatron-fsdp"),
     ("fp16", (False,), "--fp16"),
 )
@@ -154,6 +154,8 @@ def validate_k2_args(args: argparse.Namespace) -> None:
     """
     args.k2_device = device.resolve_device(args.k2_device)
     if args.k2_device == "cpu":
+        # Megatron asks for it under tensor and context parallelism; a host has no connections.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         for name, allowed, flag in _GPU_ONLY:
             value = getattr(args, name, allowed[0])
             if value not in allowed:
@@ -176,8 +178,10 @@ def validate_k2_args(args: argparse.Namespace) -> None:
             args.async_strategy = "mcore"
     _validate_folder(args)
     _validate_fp8(args)
+    _validate_recompute(args)
     _validate_layers(args)
     _validate_experts(args)
+    _validate_context(args)
     _validate_muonclip(args)
     check_data_files(args)
     try:
@@ -197,6 +201,11 @@ def _validate_offloading(args: argparse.Namespace) -> None:
     if not args.fine_grained_activation_offloading:
         if args.k2_offload_folder:
             raise UsageError("--k2-offload-folder needs --fine-grained-activation-offloading")
+        if args.offload_modules and "offload_modules" in args.k2_explicit:
+            raise UsageError(
+                f"--offload-modules {' '.join(args.offload_modules)} needs "
+                "--fine-grained-activation-offloading"
+            )
         return
     selective = args.recompute_granularity == "selective" or args.recompute_activations
     recompute = args.recompute_modules or ["core_attn"]  # upstream's default of selective
@@ -237,6 +246,8 @@ def _validate_fp8(args: argparse.Namespace) -> None:
     """Refuse FP8 that layers without Transformer Engine do not emulate."""
     if not args.fp8 and "k2_fp8_scope" in args.k2_explicit:
         raise UsageError(f"--k2-fp8-scope {args.k2_fp8_scope} needs --fp8-format")
+    if not args.fp8 and "fp8_recipe" in args.k2_explicit:
+        raise UsageError(f"--fp8-recipe {args.fp8_recipe} needs --fp8-format, e4m3 say")
     if args.fp8 and args.transformer_impl == "local":
         for dest in ("moe_router_padding_for_fp8", "fp8_output_proj", "keep_fp8_transpose_cache"):
             if getattr(args, dest, False):
@@ -250,9 +261,24 @@ def _validate_fp8(args: argparse.Namespace) -> None:
             raise UsageError(str(error)) from error
 
 
+def _validate_recompute(args: argparse.Namespace) -> None:
+    """Refuse modules to recompute without the granularity that reads them."""
+    selective = args.recompute_granularity == "selective" or args.recompute_activations
+    if args.recompute_modules and "recompute_modules" in args.k2_explicit and not selective:
+        raise UsageError(
+            f"--recompute-modules {' '.join(args.recompute_modules)} needs "
+            f"--recompute-granularity selective, found {args.recompute_granularity}"
+        )
+
+
 def _validate_layers(args: argparse.Namespace) -> None:
     pattern = args.moe_layer_freq
     if isinstance(pattern, list) and len(pattern) != args.num_layers:
+        if args.k2_load_hf and "moe_layer_freq" not in args.k2_explicit:
+            raise UsageError(
+                f"--num-layers {args.num_layers}: --k2-load-hf {args.k2_load_hf} has "
+                f"{len(pattern)} layers; leave it out"
+            )
         raise UsageError(
             f"--num-layers {args.num_layers} contradicts --moe-layer-freq of {len(pattern)} layers"
             + (f" from --k2-preset {args.k2_preset}" if args.k2_preset else "")
@@ -276,6 +302,32 @@ def _validate_experts(args: argparse.Namespace) -> None:
     if args.moe_router_topk > experts:
         raise UsageError(
             f"--moe-router-topk {args.moe_router_topk} is more than --num-experts {experts}"
+        )
+
+
+def _validate_context(args: argparse.Namespace) -> None:
+    """Refuse what context parallelism does not do, or not in the way that is asked for."""
+    size, exchange = args.context_parallel_size, args.k2_context_exchange
+    if size == 1:
+        return
+    is_local = args.transformer_impl == "local"
+    if is_local and (exchange != "latent" or not args.multi_latent_attention):
+        raise UsageError(
+            f"--context-parallel-size {size} needs --transformer-impl transformer_engine, or "
+            "--multi-latent-attention and --k2-context-exchange latent"
+        )
+    if exchange != "latent":
+        return
+    if "cp_comm_type" in args.k2_explicit and args.multi_latent_attention:
+        raise UsageError(
+            f"--cp-comm-type {' '.join(args.cp_comm_type)} is a way to exchange keys and values; "
+            "add --k2-context-exchange expanded, or leave it out"
+        )
+    if args.dataloader_inter_document_masking and (args.micro_batch_size or 1) > 1:
+        raise UsageError(
+            f"--micro-batch-size {args.micro_batch_size}: with --dataloader-inter-document-masking "
+            f"and --context-parallel-size {size} it must be 1, because a packed row of several "
+            "sequences is cut across them"
         )
 
 
@@ -316,6 +368,8 @@ def finish_k2_args(args: argparse.Namespace) -> None:
     args.delay_wgrad_compute = args.k2_delay_wgrad_compute
     args.fine_grained_activation_offloading = args.k2_offloads_activations
     _tell_slow_tiles(args)
+    if args.fine_grained_activation_offloading:
+        _tell(too_small_to_offload(args))
     # Upstream ties its logging of the maximum logit to Transformer Engine >= 2.9; ours needs none.
     args.k2_te_max_attention_logit = bool(args.log_max_attention_logit)
     if args.k2_max_attention_logit and args.multi_latent_attention:
@@ -325,9 +379,14 @@ def finish_k2_args(args: argparse.Namespace) -> None:
 def _tell_slow_tiles(args: argparse.Namespace) -> None:
     """Say once where FP8 tiles on the host are many times slower than they need be."""
     packs = args.k2_fp8_activations or (args.fp8 and args.transformer_impl == "local")
-    is_first = int(os.environ.get("RANK", "0")) == 0
-    if packs and args.k2_device == "cpu" and is_first and host_kernels.library() is None:
-        print(f"megatron_k2: {host_kernels.describe()}", file=sys.stderr, flush=True)
+    if packs and args.k2_device == "cpu" and host_kernels.library() is None:
+        _tell(host_kernels.describe())
+
+
+def _tell(message: str) -> None:
+    """Print a line that is not empty, on the first rank."""
+    if message and int(os.environ.get("RANK", "0")) == 0:
+        print(f"megatron_k2: {message}", file=sys.stderr, flush=True)
 
 
 def _explicit_destinations(parser: argparse.ArgumentParser, argv: Sequence[str]) -> set[str]:

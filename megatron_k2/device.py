@@ -10,10 +10,19 @@ import ctypes
 import os
 import sys
 from collections.abc import Sequence
+from contextvars import ContextVar
 
 import torch
 
 DEVICES = ("auto", "cpu", "cuda")
+
+meta_device: ContextVar[str] = ContextVar("meta_device", default="cuda")
+"""What a tensor without numbers stands for, where modules differ by device: a plan says."""
+
+
+def is_on_host(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor is in host memory, or on the meta device and stands for one there."""
+    return (meta_device.get() if tensor.is_meta else tensor.device.type) == "cpu"
 
 
 def flag_value(flag: str, argv: Sequence[str] | None = None) -> str | None:

@@ -74,6 +74,14 @@ def add_model_flags(group: Any) -> None:
         help="Update of the router's expert bias: sign(e_i), or Moonlight's sign(e_i) - mean sign.",
     )
     group.add_argument(
+        "--k2-context-exchange",
+        choices=("latent", "expanded"),
+        default="latent",
+        help="What the ranks of --context-parallel-size exchange: the compressed latent and the "
+        "shared rotary key, gathered once a layer, or keys and values of every head, as "
+        "Transformer Engine does it by --cp-comm-type.",
+    )
+    group.add_argument(
         "--k2-fp8-activations",
         nargs="*",
         choices=ACTIVATIONS,

@@ -124,6 +124,7 @@ def _check_divisions(layout: Layout) -> None:
             f"--expert-model-parallel-size {layout.expert_model_parallel_size} needs "
             "--num-experts; none given"
         )
+    _check_context(layout)
     if layout.sequence_parallel:
         _must_divide(
             "tensor_model_parallel_size", layout.tensor_model_parallel_size, layout, "seq_length"
@@ -132,6 +133,25 @@ def _check_divisions(layout: Layout) -> None:
         raise ValueError(
             f"--tensor-model-parallel-size {layout.tensor_model_parallel_size} with --num-experts "
             f"{layout.num_experts} needs --sequence-parallel"
+        )
+
+
+def _check_context(layout: Layout) -> None:
+    """Check that a sequence divides into two chunks a context-parallel rank, and those over TP."""
+    size, tokens = layout.context_parallel_size, layout.seq_length
+    if size == 1 or tokens is None:
+        return
+    flag = f"--context-parallel-size {size}"
+    if tokens % (2 * size):
+        raise ValueError(
+            f"--seq-length {tokens} must be a multiple of {2 * size}: {flag} cuts it into "
+            f"{2 * size} chunks, two a rank"
+        )
+    tensor = layout.tensor_model_parallel_size
+    if layout.sequence_parallel and tokens // size % tensor:
+        raise ValueError(
+            f"--seq-length {tokens} must be a multiple of {size * tensor}: {flag} leaves "
+            f"{tokens // size} tokens, which --tensor-model-parallel-size {tensor} shares"
         )
 
 

@@ -63,6 +63,8 @@ def chunked_max_logits(
     mask: Tensor | None = None,
     starts: Sequence[int] | None = None,
     lengths: Sequence[int] | None = None,
+    key_starts: Sequence[int] | None = None,
+    key_lengths: Sequence[int] | None = None,
 ) -> Tensor:
     """Return each head's largest softmax input over all sequences given.
 
@@ -74,6 +76,8 @@ def chunked_max_logits(
         mask: bool [heads or 1, queries, keys], True hides a key; one sequence only.
         starts: first token of each packed sequence (padding may lie between them).
         lengths: length of each packed sequence without padding.
+        key_starts: likewise of the keys, where they lie elsewhere than the queries.
+        key_lengths: likewise; the last key of a sequence aligns with its last query.
 
     Returns:
         fp32 [heads] (fp64 for fp64 inputs) on the device of ``query``; -inf where nothing is seen.
@@ -83,9 +87,10 @@ def chunked_max_logits(
         return _sequence_max(q, k, softmax_scale, causal, mask)
     wide = torch.promote_types(query.dtype, torch.float32)
     maxima = torch.full((q.size(0),), -torch.inf, dtype=wide, device=query.device)
-    for start, length in zip(starts, lengths, strict=True):
-        part = slice(start, start + length)
-        found = _sequence_max(q[:, part], k[:, part], softmax_scale, causal, None)
+    places = zip(starts, lengths, key_starts or starts, key_lengths or lengths, strict=True)
+    for start, length, key_start, key_length in places:
+        queries, keys = q[:, start : start + length], k[:, key_start : key_start + key_length]
+        found = _sequence_max(queries, keys, softmax_scale, causal, None)
         maxima = torch.maximum(maxima, found)
     return maxima
 

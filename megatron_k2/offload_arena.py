@@ -5,8 +5,8 @@ they are already, so they go to files instead: out of the process's anonymous me
 that Linux may write back and drop. A file is unlinked before it is used and gone when its last
 mapping is, however the process ends. Blocks that are given back serve later requests of about
 their size, because the page faults of a fresh file cost more than the copy. One mapping a block:
-Linux allows 65,530 a process (``vm.max_map_count``). Beside it, the check of what to offload
-against what to recompute. No Megatron import.
+Linux allows 65,530 a process (``vm.max_map_count``). Beside it, the checks of what to offload
+against what to recompute and against the smallest size. No Megatron import.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,6 +93,51 @@ def check_offload_modules(
             f"--offload-modules {' '.join(offload)} with --recompute-modules mla_up_proj: "
             f"qkv_linear needs one of {', '.join(sorted(_LATER))} beside it"
         )
+
+
+def too_small_to_offload(args: Any) -> str:
+    """Return a sentence on the modules of which nothing is offloaded, '' if there are none.
+
+    Upstream leaves a tensor where it is that has fewer elements than
+    ``--min-offloaded-tensor-size`` (1,048,576 by default), and says nothing.
+
+    Args:
+        args: validated arguments; sizes are those of a microbatch on one rank, experts in balance.
+    """
+    sizes = _largest_tensors(args)
+    kept = {m: sizes[m] for m in args.offload_modules or () if m in sizes}
+    kept = {m: size for m, size in kept.items() if size < args.min_offloaded_tensor_size}
+    if not kept:
+        return ""
+    return (
+        f"--offload-modules {' '.join(kept)}: not offloaded, because their largest tensors, of "
+        f"{', '.join(f'{size:,}' for size in kept.values())} elements, are below "
+        f"--min-offloaded-tensor-size {args.min_offloaded_tensor_size:,}; give a smaller one"
+    )
+
+
+def _largest_tensors(args: Any) -> dict[str, int]:
+    """Return the elements of the largest tensor that each module to offload keeps."""
+    tokens = args.micro_batch_size * args.seq_length // args.context_parallel_size
+    tp = args.tensor_model_parallel_size
+    hidden = tokens * args.hidden_size // (tp if args.sequence_parallel else 1)
+    if args.multi_latent_attention:
+        query, value = args.qk_head_dim + args.qk_pos_emb_head_dim, args.v_head_dim
+    else:
+        query = value = args.kv_channels
+    heads = tokens * args.num_attention_heads // tp
+    found = dict.fromkeys(("attn_norm", "mlp_norm"), hidden)
+    found |= {
+        "qkv_linear": max(hidden, heads * query), "core_attn": heads * max(query, value),
+        "attn_proj": heads * value,
+    }  # fmt: skip
+    if args.num_experts:
+        etp = args.expert_tensor_parallel_size or tp
+        routed = tokens * args.moe_router_topk * etp // tp
+        width = (args.moe_ffn_hidden_size or args.ffn_hidden_size) * (2 if args.swiglu else 1)
+        found["moe_act"] = routed * width // etp
+        found["expert_fc1"] = routed * max(args.hidden_size, width // etp)
+    return found
 
 
 def block_bytes(num_bytes: int) -> int:

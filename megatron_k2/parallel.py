@@ -27,8 +27,10 @@ __all__ = [
     "destroy_model_parallel",
     "get_pg_collection",
     "initialize_model_parallel",
+    "is_fake_world",
     "k2_groups",
     "propose_pipeline_layout",
+    "stage_places",
     "validate_layout",
 ]
 
@@ -99,6 +101,9 @@ class K2Groups:
         across = self._base(name, recipe.across)
         if across.size() == 1:
             return [ranks]
+        if is_fake_world():
+            return [[place[0] for place in _places_by_order() if place[1] == rank]
+                    for rank in range(across.size())]  # fmt: skip
         found: list[list[int]] = [[]] * across.size()
         torch.distributed.all_gather_object(found, ranks, group=across)
         return found
@@ -135,6 +140,54 @@ class K2Groups:
 
 
 k2_groups = K2Groups()
+
+Place = tuple[int, int, int, int, int, int]
+"""(global rank, rank in tp, in dp_cp, in ep, in expert tp, in expert dp)."""
+
+
+def stage_places() -> list[Place]:
+    """Return the place of every rank of this pipeline stage, in the order of global ranks.
+
+    Collective: over the group ``optimizer_exchange``. In a fake world, where nobody answers, the
+    places are those of Megatron's standard order.
+    """
+    if is_fake_world():
+        return _places_by_order()
+    pgs = get_pg_collection()
+    own = (
+        _rank(), pgs.tp.rank(), pgs.intra_dp_cp.rank(), pgs.ep.rank(), pgs.expt_tp.rank(),
+        pgs.intra_expt_dp.rank(),
+    )  # fmt: skip
+    if pgs.tp.size() * pgs.intra_dp_cp.size() == 1:
+        return [own]
+    group = k2_groups.get("optimizer_exchange")
+    places = [own] * group.size()
+    torch.distributed.all_gather_object(places, own, group=group)
+    return places
+
+
+def is_fake_world() -> bool:
+    """Whether the default process group moves no data (``--fake-process-group``)."""
+    return torch.distributed.is_initialized() and torch.distributed.get_backend() == "fake"
+
+
+def _places_by_order() -> list[Place]:
+    """Compute ``stage_places`` from sizes alone (``parallel_state.py:859`` and ``:887``)."""
+    pgs, order = get_pg_collection(), "tp-cp-ep-dp-pp"
+    sizes = dict(pp=pgs.pp.size(), order=order)
+    dense = parallel_state.RankGenerator(
+        tp=pgs.tp.size(), ep=1, dp=pgs.dp.size(), cp=pgs.cp.size(), **sizes
+    )
+    experts = parallel_state.RankGenerator(
+        tp=pgs.expt_tp.size(), ep=pgs.ep.size(), dp=pgs.expt_dp.size(), cp=1, **sizes
+    )
+    axes = ((dense, "tp"), (dense, "dp-cp"), (experts, "ep"), (experts, "tp"), (experts, "dp"))
+    within = [
+        {rank: at for ranks in maker.get_ranks(axis) for at, rank in enumerate(ranks)}
+        for maker, axis in axes
+    ]
+    stage = next(ranks for ranks in dense.get_ranks("tp-cp-dp") if _rank() in ranks)
+    return [(rank, *(found[rank] for found in within)) for rank in sorted(stage)]  # type: ignore[misc]
 
 
 def get_pg_collection(required: list[str] | None = None) -> ProcessGroupCollection:

@@ -25,6 +25,9 @@ _CHECKS = (
 _MISSING_STATE = re.compile(r"optimizer\.state\.(\w+)\.\S+ from model not in state dict")
 """torch's planner on a tensor that the checkpoint lacks (``checkpoint/default_planner.py``)."""
 
+_NO_LAUNCHER = "environment variable MASTER_ADDR expected, but not set"
+"""torch's rendezvous (``distributed/rendezvous.py`` _env_rendezvous_handler) without a launcher."""
+
 REFUSALS = (AssertionError, ValueError, TypeError, FileNotFoundError)
 
 
@@ -42,6 +45,11 @@ def explain(error: BaseException) -> str | None:
         )
     if not isinstance(error, REFUSALS):
         return None
+    if _NO_LAUNCHER in str(error):
+        return (
+            "no launcher started this process (MASTER_ADDR is not set); put `torchrun "
+            "--nproc-per-node 1 -m` in the place of `python -m`"
+        )
     frames = list(_frames(error.__traceback__))
     deepest = frames[-1][0].filename if frames else ""
     if isinstance(error, ValueError) and "/megatron_k2/" in deepest:
@@ -55,6 +63,8 @@ def explain(error: BaseException) -> str | None:
         linecache.getline(summary.filename, line).strip() for line in range(last, end + 1)
     )
     message = " ".join(str(error).split()) or f"`{statement.removeprefix('assert ')}` does not hold"
+    if "recompute_modules" in message and "Allowed modules" in message:
+        message += ", and K2's 'moe_down_proj'"
     where = f"{summary.filename.rpartition('megatron/')[2]}:{summary.lineno}"
     args = place.tb_frame.f_locals.get("args")
     found = ""

@@ -20,6 +20,7 @@ from megatron_k2.fp8 import host_kernels
 
 BLOCK = 128
 E4M3_MAX = 448.0
+SATURATED = 464.0  # half of e4m3's last step, 32, above its maximum: here rounding ends
 STRIP_ROWS = 16  # 16 x 7168 fp32 = 459 kB: within a core's second-level cache
 EXACT_SCALES = (2.0**-100, 2.0**100)
 """Scales between these bring every byte back: bf16 keeps 8 significant bits of the product, e4m3
@@ -33,6 +34,7 @@ _SIGN_AND_BITS = np.int16(np.uint16(0x87F0).view(np.int16))
 _SMALLEST_NORMAL = np.float32(2.0**-6)
 _SMALLEST_SURE_SCALE = np.float32(2.0**-117)
 _BF16_INFINITY = 0x7F80
+_COMPILED_SATURATED = 2  # pack_blocks; 1 is for what NumPy finds again and refuses by its rows
 
 
 def num_blocks(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -64,7 +66,7 @@ def dequantise(bits: U8, scales: F32, out: U16) -> None:
     """
     if not np.isfinite(scales).all():
         raise ValueError("a scale is NaN or infinite")
-    if _compiled("unpack_blocks", bits, scales, out):
+    if _compiled("unpack_blocks", bits, scales, out) == 0:
         return
     rows, columns = bits.shape
     narrow = np.empty((STRIP_ROWS, columns), np.int16)
@@ -88,10 +90,11 @@ def dequantise(bits: U8, scales: F32, out: U16) -> None:
         np.copyto(out[first:last], wide, casting="unsafe")
 
 
-def quantise(values: U16, scales: F32, out: U8) -> None:
+def quantise(values: U16, scales: F32, out: U8) -> bool:
     """Write e4m3(fp32(bf16) / scale), to nearest, ties to even, saturating at 448.
 
-    A block whose scale is zero gives zeros.
+    A block whose scale is zero gives zeros. Return whether a weight was too large for its scale: a
+    weight that lost more than rounding loses.
 
     Args:
         values: bf16 bits, [rows, columns].
@@ -105,8 +108,10 @@ def quantise(values: U16, scales: F32, out: U8) -> None:
         raise ValueError("a scale is NaN or infinite")
     rows, columns = values.shape
     safe = np.where(scales == 0, np.float32(np.inf), scales)
-    if _compiled("pack_blocks", values, safe, out):
-        return
+    saturated = not scales.all() and bool(_block_maxima(values)[scales == 0].any())
+    status = _compiled("pack_blocks", values, safe, out)
+    if status in (0, _COMPILED_SATURATED):
+        return saturated or status == _COMPILED_SATURATED
     work = np.empty((STRIP_ROWS, columns), np.uint32)
     for first in range(0, rows, STRIP_ROWS):
         last = min(rows, first + STRIP_ROWS)
@@ -118,19 +123,21 @@ def quantise(values: U16, scales: F32, out: U8) -> None:
         quotient = wide.view(np.float32)
         with np.errstate(over="ignore"):  # saturates
             np.divide(quotient, np.repeat(safe[first // BLOCK], BLOCK)[:columns], out=quotient)
+        saturated = saturated or bool(np.abs(quotient).max() > SATURATED)
         out[first:last] = encode_e4m3(quotient)
+    return saturated
 
 
-def _compiled(name: str, source: NDArray[Any], scales: F32, out: NDArray[Any]) -> bool:
-    """Run a compiled kernel; tell whether it did, and found nothing that NumPy has to refuse."""
+def _compiled(name: str, source: NDArray[Any], scales: F32, out: NDArray[Any]) -> int | None:
+    """Run a compiled kernel; return its status, None if there is none."""
     library = host_kernels.library()
     arrays = (source, scales, out)
     if library is None or not all(array.flags.c_contiguous for array in arrays):
-        return False
+        return None
     assert scales.dtype == np.float32 and scales.shape == num_blocks(source.shape)
     places = [ctypes.c_void_p(array.ctypes.data) for array in arrays]
     shape = map(ctypes.c_long, source.shape)
-    return not getattr(library, name)(places[0], places[1], *shape, places[2])
+    return int(getattr(library, name)(places[0], places[1], *shape, places[2]))
 
 
 def encode_e4m3(values: F32) -> U8:
@@ -163,17 +170,21 @@ def block_scales(values: U16) -> F32:
     Raises:
         ValueError: a weight is NaN or infinite.
     """
-    columns = values.shape[1]
-    tall, wide = num_blocks(values.shape)
-    largest = np.zeros((tall, wide), np.uint16)
-    starts = np.arange(0, columns, BLOCK)
-    for block in range(tall):
-        strip = values[block * BLOCK : (block + 1) * BLOCK] & np.uint16(0x7FFF)
-        largest[block] = np.maximum.reduceat(strip.max(axis=0), starts)
+    largest = _block_maxima(values)
     if (largest >= _BF16_INFINITY).any():
         raise ValueError("a weight is NaN or infinite")
     amax = (largest.astype(np.uint32) << 16).view(np.float32)
     return np.where(amax == 0, np.float32(1), amax / np.float32(E4M3_MAX))
+
+
+def _block_maxima(values: U16) -> U16:
+    """Return the bits of the largest magnitude of every block of a bf16 matrix."""
+    largest = np.zeros(num_blocks(values.shape), np.uint16)
+    starts = np.arange(0, values.shape[1], BLOCK)
+    for block in range(len(largest)):
+        strip = values[block * BLOCK : (block + 1) * BLOCK] & np.uint16(0x7FFF)
+        largest[block] = np.maximum.reduceat(strip.max(axis=0), starts)
+    return largest
 
 
 def round_to_bf16(values: F32) -> U16:

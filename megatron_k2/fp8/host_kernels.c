@@ -223,8 +223,8 @@ static inline void snap_stripe(float *tile, long rows, long width, int by_column
 SNAP(snap_bf16, uint16_t, FROM_BF16, to_bf16)
 SNAP(snap_fp32, float, SAME, SAME)
 
-/* Tiles of 128 x 128, one row of scales for 128 rows. Both return whether a number is not finite,
- * and what they wrote is then of no use. One thread: each worker of a conversion has a core. */
+/* Tiles of 128 x 128, one row of scales for 128 rows. Both return 1 if a number is not finite, and
+ * what they wrote is then of no use. One thread: each worker of a conversion has a core. */
 int unpack_blocks(const uint8_t *data, const float *scales, long rows, long columns, uint16_t *out) {
     long tiles = (columns + TILE - 1) / TILE;
     uint8_t largest = 0;
@@ -247,21 +247,28 @@ int unpack_blocks(const uint8_t *data, const float *scales, long rows, long colu
     return largest == 0x7f;
 }
 
+/* 2 is added if a quotient is above 464, half a step over 448: more than rounding is lost. */
 int pack_blocks(const uint16_t *x, const float *scales, long rows, long columns, uint8_t *data) {
     long tiles = (columns + TILE - 1) / TILE;
     int bad = 0;
+    uint32_t largest = 0;
     for (long row = 0; row < rows; row++)
         for (long tile = 0; tile < tiles; tile++) {
             long at = row * columns + tile * TILE, left = columns - tile * TILE;
             long width = left < TILE ? left : TILE;
             float scale = scales[row / TILE * tiles + tile];
             int32_t wrong = 0;
+            uint32_t most = 0;
             for (long i = 0; i < width; i++) {
                 uint32_t bits = (uint32_t)x[at + i] << 16;
                 wrong |= (bits & 0x7f800000u) == 0x7f800000u;
-                data[at + i] = encode(from_bits(bits) / scale);
+                float quotient = from_bits(bits) / scale;
+                uint32_t size = to_bits(quotient) & 0x7fffffff;
+                most = size > most ? size : most;
+                data[at + i] = encode(quotient);
             }
             bad |= wrong;
+            largest = most > largest ? most : largest;
         }
-    return bad;
+    return bad | (largest > 0x43e80000u) << 1; /* 464 */
 }

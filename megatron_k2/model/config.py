@@ -21,6 +21,7 @@ from megatron_k2.fp8.recipes import check_scope, scope_recipe
 from megatron_k2.fp8.scope import SCOPES, check_emulated
 
 ROUTER_BIAS_RULES = ("sign", "mean_centred")
+CONTEXT_EXCHANGES = ("latent", "expanded")
 MOE_DOWN_PROJ = "moe_down_proj"
 """One of ``--recompute-modules``, of the report beside Megatron's own; see ``_take_down_proj_``."""
 
@@ -42,6 +43,10 @@ class K2TransformerConfig(MLATransformerConfig):
 
     k2_te_max_attention_logit: bool = False
     """Take Transformer Engine's own maximum instead: rounded to bf16, FlashAttention off."""
+
+    k2_context_exchange: str = "latent"
+    """What context-parallel ranks exchange: the ``latent`` (latent_context.py), or ``expanded``
+    keys and values as Transformer Engine does it by ``cp_comm_type``."""
 
     k2_fp8_activations: list[str] | None = None
     """Activations that are kept for the backward pass in FP8, of ``activation_store.ACTIVATIONS``
@@ -66,6 +71,11 @@ class K2TransformerConfig(MLATransformerConfig):
             raise ValueError(
                 f"--k2-router-bias-rule {self.k2_router_bias_rule!r} is not one of "
                 f"{', '.join(ROUTER_BIAS_RULES)}"
+            )
+        if self.k2_context_exchange not in CONTEXT_EXCHANGES:
+            raise ValueError(
+                f"--k2-context-exchange {self.k2_context_exchange!r} is not one of "
+                f"{', '.join(CONTEXT_EXCHANGES)}"
             )
         super().__post_init__()
         if self.k2_max_attention_logit and not self.k2_te_max_attention_logit:

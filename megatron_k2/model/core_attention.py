@@ -1,9 +1,10 @@
 """Core attention of K2's MLA on the local path, without Transformer Engine.
 
 Tiles on the CPU, torch's fused kernels on CUDA; head widths of q/k and v may differ, sequences may
-be packed. Beside its output it records each head's largest softmax input for QK-Clip
-(max_logit.py); the same for Transformer Engine is in te_attention.py. Not here: context
-parallelism. The CUDA branch (padded v, ``scaled_dot_product_attention``) is tested on the CPU only.
+be packed and have more keys than queries. Beside its output it records each head's largest softmax
+input for QK-Clip (max_logit.py); the same for Transformer Engine is in te_attention.py. Context
+parallelism is outside, in latent_context.py. The CUDA branch (padded v,
+``scaled_dot_product_attention``) is tested on the CPU only.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import divide
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -34,7 +36,7 @@ from megatron_k2.model.tiled_attention import tiled_causal_attention
 
 __all__ = ["K2CoreAttention", "max_logits", "reset_max_logits"]
 
-_CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
+_CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal, AttnMaskType.causal_bottom_right)
 _UNMASKED = (AttnMaskType.no_mask, AttnMaskType.padding)
 _known_causal_masks = WeakIdKeyDictionary()
 
@@ -55,7 +57,7 @@ class K2CoreAttention(MaxLogitRecord, MegatronModule):
     """Scaled dot-product attention without Transformer Engine, on CPU and CUDA.
 
     Args:
-        config: attention dropout and the K2 fields; context parallelism must be 1.
+        config: attention dropout and the K2 fields.
         softmax_scale: factor of ``q k^T``, YaRN's mscale included.
         k_channels: width of a query and key head.
         v_channels: width of a value head; may differ.
@@ -78,7 +80,7 @@ class K2CoreAttention(MaxLogitRecord, MegatronModule):
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
-        del attention_type, cp_comm_type  # self-attention only; context parallelism is refused
+        del attention_type, cp_comm_type  # self-attention only; context parallelism is outside
         super().__init__(config=config)
         _refuse_unsupported(config)
         if pg_collection is None:
@@ -110,10 +112,10 @@ class K2CoreAttention(MaxLogitRecord, MegatronModule):
 
         Args:
             query: [s, b, heads, k_channels], or packed [t, heads, k_channels].
-            key: like ``query``.
-            value: [s, b, heads, width] or [t, heads, width].
-            attention_mask: None, or bool [b or 1, 1, s, s] with True where a key is hidden.
-            attn_mask_type: overrides the constructor's.
+            key: like ``query``; may hold more tokens, the last of which is the last query's.
+            value: [keys, b, heads, width] or [keys, heads, width].
+            attention_mask: None, or bool [b or 1, 1, s, keys] with True where a key is hidden.
+            attn_mask_type: overrides the constructor's; all causal ones mean the same here.
             packed_seq_params: ``thd`` sequences; ``cu_seqlens_*_padded`` give their places.
 
         Returns:
@@ -154,23 +156,28 @@ class K2CoreAttention(MaxLogitRecord, MegatronModule):
         """Attend within each of the packed sequences; [t, heads x width]."""
         if attention_mask is not None and not _is_causal_mask(attention_mask):
             raise ValueError("packed sequences take no attention mask besides the causal one")
-        places = (
-            packed.cu_seqlens_q
-            if packed.cu_seqlens_q_padded is None
-            else packed.cu_seqlens_q_padded
+        bounds, lengths = _places(packed.cu_seqlens_q, packed.cu_seqlens_q_padded, query)
+        key_bounds, key_lengths = _places(packed.cu_seqlens_kv, packed.cu_seqlens_kv_padded, key)
+        true_lengths, true_key_lengths = (
+            [b - a for a, b in pairwise(places.tolist())]
+            for places in (packed.cu_seqlens_q, packed.cu_seqlens_kv)
         )
-        bounds, true_bounds = places.tolist(), packed.cu_seqlens_q.tolist()
-        lengths = [b - a for a, b in pairwise(bounds)]
-        lengths.append(query.size(0) - bounds[-1])  # tokens after the last sequence
-        true_lengths = [b - a for a, b in pairwise(true_bounds)]
-        padded = [*true_lengths, 0] != lengths
+        padded = [*true_lengths, 0] != lengths or [*true_key_lengths, 0] != key_lengths
         record = self.wants_max_logits()
         if self._tiles(query, key, causal):
             output, maxima = tiled_causal_attention(
-                query, key, value, self.softmax_scale, lengths, with_max=record and not padded
+                query,
+                key,
+                value,
+                self.softmax_scale,
+                lengths,
+                key_lengths,
+                with_max=record and not padded,
             )
         else:
-            parts = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
+            parts = zip(
+                query.split(lengths), *(x.split(key_lengths) for x in (key, value)), strict=True
+            )
             output = torch.cat([self._fused(q, k, v, causal, None, 1) for q, k, v in parts])
             padded = True  # nothing recorded yet
         if record and padded:
@@ -181,6 +188,8 @@ class K2CoreAttention(MaxLogitRecord, MegatronModule):
                 causal=causal,
                 starts=bounds[:-1],
                 lengths=true_lengths,
+                key_starts=key_bounds[:-1],
+                key_lengths=true_key_lengths,
             )
         if record:
             self.record_max_logits_(maxima)
@@ -189,7 +198,7 @@ class K2CoreAttention(MaxLogitRecord, MegatronModule):
     def _tiles(self, query: Tensor, key: Tensor, causal: bool) -> bool:
         """Tell whether the CPU tiles apply."""
         dropping = self.attention_dropout > 0 and self.training
-        return not query.is_cuda and causal and query.size(0) == key.size(0) and not dropping
+        return not query.is_cuda and causal and not dropping
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, batch: int
@@ -220,8 +229,7 @@ class K2CoreAttention(MaxLogitRecord, MegatronModule):
         q, k, v = (x.unflatten(1, (batch, -1)).permute(1, 2, 0, 3) for x in (q, k, v))
         keep = None if mask is None else ~mask
         if causal and q.size(2) != k.size(2):  # the queries are the last tokens of the keys
-            shape = (q.size(2), k.size(2))
-            keep = torch.ones(shape, dtype=torch.bool, device=q.device).tril_(shape[1] - shape[0])
+            keep = causal_lower_right(q.size(2), k.size(2))  # flash on CUDA, a mask elsewhere
         attend = functools.partial(
             scaled_dot_product_attention,
             attn_mask=keep,
@@ -236,12 +244,22 @@ class K2CoreAttention(MaxLogitRecord, MegatronModule):
         return output[..., :width].permute(2, 0, 1, 3).flatten(1, 2)
 
 
+def _places(cu_seqlens: Tensor, padded: Tensor | None, x: Tensor) -> tuple[list[int], list[int]]:
+    """Return where packed sequences begin and the lengths of their places in ``x``.
+
+    The lengths end with that of the tokens after the last sequence.
+    """
+    bounds = (cu_seqlens if padded is None else padded).tolist()
+    return bounds, [b - a for a, b in pairwise([*bounds, x.size(0)])]
+
+
 def _refuse_unsupported(config: TransformerConfig) -> None:
     """Raise ValueError for what the local path does not do."""
-    if config.context_parallel_size > 1:
+    exchange = getattr(config, "k2_context_exchange", "latent")
+    if config.context_parallel_size > 1 and exchange != "latent":
         raise ValueError(
-            f"--context-parallel-size {config.context_parallel_size} needs --transformer-impl "
-            "transformer_engine; the local attention holds whole sequences (allowed: 1)"
+            f"--k2-context-exchange {exchange} needs --transformer-impl transformer_engine; the "
+            "local attention takes whole keys (allowed: latent)"
         )
     if config.window_size is not None:
         raise ValueError(f"--window-size {config.window_size} is not supported by K2's attention")

@@ -6,7 +6,8 @@ gradient, and upstream never sums the parts where ``linear_kv_down_proj`` is col
 replicated without sequence parallelism). (2) YaRN's angles are exact (rotary.py). (3) Without a
 query latent there is no query norm, as in Moonlight and Hugging Face; upstream norms the hidden
 states a second time (Transformer Engine) or refuses (local). (4) The norms of the latents keep
-DeepSeek-V3's fixed epsilon, whatever the other norms' is (Moonlight's is 1e-5).
+DeepSeek-V3's fixed epsilon, whatever the other norms' is (Moonlight's is 1e-5). Its context
+parallelism is in latent_context.py.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from megatron.core.transformer.multi_latent_attention import (
 )
 from torch import Tensor
 
+from megatron_k2.model.latent_context import LatentContext
 from megatron_k2.model.rotary import K2YarnRotaryEmbedding, yarn_settings_from_config
 from megatron_k2.model.yarn import yarn_softmax_scale
 
@@ -55,7 +57,7 @@ class _SumRotaryKeyGradient(torch.autograd.Function):
         return torch.cat((latent, rotary), dim=-1), None, None
 
 
-class K2LatentAttention:
+class K2LatentAttention(LatentContext):
     """What K2 changes in upstream's MLA classes; mixed in before them."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -76,11 +78,11 @@ class K2LatentAttention:
     def get_query_key_value_tensors(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Derive query, key and value as upstream does; shapes as there.
 
-        Collective: those of the projections, over ``pg_collection.tp``.
+        Collective: those of the projections, over ``pg_collection.tp``; ``LatentContext``'s.
         """
         if isinstance(self.rotary_pos_emb, K2YarnRotaryEmbedding):
             self.rotary_pos_emb.device = hidden_states.device
-        return super().get_query_key_value_tensors(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        return super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
 
     def _qkv_down_projection(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Return (query latent, key-value latent with rotary key), both whole in their last axis.

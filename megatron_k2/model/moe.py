@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import MlpBuilder
 from torch import Tensor
 
+from megatron_k2.device import is_on_host
 from megatron_k2.model.dispatcher import K2AlltoAllTokenDispatcher
 from megatron_k2.model.experts import K2GroupedMLP
 from megatron_k2.model.mlp import K2MLP, K2SharedExpertMLP
@@ -41,7 +42,7 @@ class K2MoELayer(MoELayer):
         if pg_collection is None:
             pg_collection = get_default_pg_collection()
         super().__init__(config, *args, pg_collection=pg_collection, **kwargs)
-        on_host = next(self.experts.parameters()).device.type == "cpu"
+        on_host = is_on_host(next(self.experts.parameters()))
         if config.moe_token_dispatcher_type == "alltoall" and on_host:
             self.token_dispatcher = K2AlltoAllTokenDispatcher(
                 self.num_local_experts,

@@ -5,7 +5,8 @@ input. This one runs on batched GEMMs: the logits in fp32 (bf16 inputs are widen
 equal the dense fp32 computation), the softmax in fp32, every other product in the inputs' dtype.
 At 4 x 512 tokens and 8 heads it takes 0.45 of the padded flash kernel's time, forward and backward
 (``tools/bench/attention.py``); the largest logit costs one more read of a tile in cache.
-Limits: causal, no dropout, as many keys as queries. Pure torch: no process groups, no Megatron.
+A sequence may have more keys than queries: the last query then sees the last key (context
+parallelism, cached keys). Limits: causal, no dropout. Pure torch: no process groups, no Megatron.
 """
 
 from __future__ import annotations
@@ -28,36 +29,59 @@ KEEP_PROBABILITIES_TOKENS = 1024
 in the sequence; up to here they are kept (half of 2 bytes x tokens^2 a head), 25 % faster."""
 
 
+class _Piece:
+    """Some heads of one sequence: ``queries`` and ``keys`` are its tokens."""
+
+    __slots__ = ("heads", "keys", "queries")
+
+    def __init__(self, heads: slice, queries: slice, keys: slice) -> None:
+        self.heads, self.queries, self.keys = heads, queries, keys
+
+    @property
+    def num_keys(self) -> int:
+        """Keys of the sequence."""
+        return int(self.keys.stop - self.keys.start)
+
+
 class _Tile:
-    """One tile: queries ``rows`` see keys ``keys``; ``diagonal`` is the masked square's place."""
+    """One tile of a piece: its query rows ``rows`` see the first ``num_keys`` keys.
 
-    __slots__ = ("diagonal", "heads", "keys", "rows", "widths")
+    Attributes:
+        rows, diagonal: within the piece's queries and keys; ``diagonal`` is the masked square.
+        all_rows, all_keys: the same queries and keys among all tokens.
+    """
 
-    def __init__(self, heads: slice, start: int, first: int, last: int) -> None:
-        self.heads = heads
+    __slots__ = ("all_keys", "all_rows", "diagonal", "num_keys", "rows")
+
+    def __init__(self, piece: _Piece, first: int, last: int) -> None:
+        start = piece.queries.start
+        more = piece.keys.stop - piece.keys.start - (piece.queries.stop - start)
         self.rows = slice(first, last)
-        self.keys = slice(start, last)
-        self.diagonal = slice(first - start, last - start)
-        self.widths = last - first
+        self.all_rows = slice(start + first, start + last)
+        self.num_keys = last + more
+        self.all_keys = slice(piece.keys.start, piece.keys.start + self.num_keys)
+        self.diagonal = slice(first + more, self.num_keys)
 
 
-def _heads_per_tile(num_heads: int, length: int) -> int:
-    return max(1, min(num_heads, TILE_BYTES // (4 * QUERY_ROWS * max(length, 1))))
+def _heads_per_tile(num_heads: int, num_keys: int) -> int:
+    return max(1, min(num_heads, TILE_BYTES // (4 * QUERY_ROWS * max(num_keys, 1))))
 
 
-def _head_groups(num_heads: int, lengths: Sequence[int]) -> Iterator[tuple[slice, int, int]]:
-    """Yield (heads, first token, last token + 1) of every piece of work."""
-    start = 0
-    for length in lengths:
-        step = _heads_per_tile(num_heads, length)
+def _pieces(query: Tensor, lengths: Sequence[int], key_lengths: Sequence[int]) -> Iterator[_Piece]:
+    """Yield every piece of work; by shapes alone, without a cache to fit, all heads at once."""
+    start, key_start, num_heads = 0, 0, query.size(1)
+    for length, key_length in zip(lengths, key_lengths, strict=True):
+        queries, keys = slice(start, start + length), slice(key_start, key_start + key_length)
+        step = num_heads if query.is_meta else _heads_per_tile(num_heads, key_length)
         for head in range(0, num_heads, step):
-            yield slice(head, min(head + step, num_heads)), start, start + length
-        start += length
+            yield _Piece(slice(head, min(head + step, num_heads)), queries, keys)
+        start, key_start = queries.stop, keys.stop
 
 
-def _tiles(heads: slice, start: int, stop: int) -> Iterator[_Tile]:
-    for first in range(start, stop, QUERY_ROWS):
-        yield _Tile(heads, start, first, min(first + QUERY_ROWS, stop))
+def _tiles(piece: _Piece) -> Iterator[_Tile]:
+    length = piece.queries.stop - piece.queries.start
+    for first in range(0, length, QUERY_ROWS):
+        yield _Tile(piece, first, min(first + QUERY_ROWS, length))
 
 
 def _upper_triangle(device: torch.device) -> Tensor:
@@ -65,15 +89,14 @@ def _upper_triangle(device: torch.device) -> Tensor:
 
 
 def _masked_logits(
-    query: Tensor, key_t: Tensor, tile: _Tile, start: int, scale: float, upper: Tensor
+    query: Tensor, key_t: Tensor, tile: _Tile, scale: float, upper: Tensor
 ) -> Tensor:
     """Return fp32 ``scale * q k^T`` [heads, rows, keys] of one tile, -inf above the diagonal."""
-    rows = slice(tile.rows.start - start, tile.rows.stop - start)
     logits = torch.baddbmm(
-        query.new_empty(()), query[:, rows], key_t[..., : rows.stop], beta=0, alpha=scale
+        query.new_empty(()), query[:, tile.rows], key_t[..., : tile.num_keys], beta=0, alpha=scale
     )
-    mask = upper[: tile.widths, : tile.widths]
-    logits[..., tile.diagonal].masked_fill_(mask, -torch.inf)
+    num_rows = tile.rows.stop - tile.rows.start
+    logits[..., tile.diagonal].masked_fill_(upper[:num_rows, :num_rows], -torch.inf)
     return logits
 
 
@@ -87,7 +110,7 @@ class _TiledCausalAttention(torch.autograd.Function):
         key: Tensor,
         value: Tensor,
         scale: float,
-        lengths: tuple[int, ...],
+        lengths: tuple[tuple[int, ...], tuple[int, ...]],
         with_max: bool,
     ) -> tuple[Tensor, Tensor]:
         num_heads = query.size(1)
@@ -98,21 +121,22 @@ class _TiledCausalAttention(torch.autograd.Function):
         upper = _upper_triangle(query.device)
         probabilities: list[Tensor] = []
         q, k, v, out = (x.transpose(0, 1) for x in (query, key, value, output))
-        for heads, start, stop in _head_groups(num_heads, lengths):
-            q_wide = q[heads, start:stop].to(wide)
-            k_wide_t = k[heads, start:stop].to(wide).transpose(1, 2)
-            for tile in _tiles(heads, start, stop):
-                logits = _masked_logits(q_wide, k_wide_t, tile, start, scale, upper)
+        for piece in _pieces(query, *lengths):
+            heads = piece.heads
+            q_wide = q[heads, piece.queries].to(wide)
+            k_wide_t = k[heads, piece.keys].to(wide).transpose(1, 2)
+            for tile in _tiles(piece):
+                logits = _masked_logits(q_wide, k_wide_t, tile, scale, upper)
                 if with_max:
                     maxima[heads] = torch.maximum(maxima[heads], logits.flatten(1).amax(1))
-                if stop - start <= KEEP_PROBABILITIES_TOKENS:
+                if piece.num_keys <= KEEP_PROBABILITIES_TOKENS:
                     weights = torch.softmax(logits, -1).to(value.dtype)
                     probabilities.append(weights)
                 else:
                     log_sum = torch.logsumexp(logits, -1, keepdim=True)
-                    log_sums[heads, tile.rows] = log_sum.squeeze(-1)
+                    log_sums[heads, tile.all_rows] = log_sum.squeeze(-1)
                     weights = logits.sub_(log_sum).exp_().to(value.dtype)
-                out[heads, tile.rows] = torch.bmm(weights, v[heads, tile.keys])
+                out[heads, tile.all_rows] = torch.bmm(weights, v[heads, tile.all_keys])
         ctx.save_for_backward(query, key, value, log_sums, *probabilities)
         ctx.scale, ctx.lengths = scale, lengths
         ctx.mark_non_differentiable(maxima)
@@ -125,27 +149,31 @@ class _TiledCausalAttention(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         query, key, value, log_sums, *probabilities = ctx.saved_tensors
         grads = tuple(torch.empty_like(x) for x in (query, key, value))
-        views = [x.transpose(0, 1) for x in (query, key, value, grad_output)]
-        grad_views = [x.transpose(0, 1) for x in grads]
+        grad_q, grad_k, grad_v = (x.transpose(0, 1) for x in grads)
+        queries, keys, values, d_outs = (
+            x.transpose(0, 1) for x in (query, key, value, grad_output)
+        )
         upper = _upper_triangle(query.device)
         kept = iter(probabilities)
-        for heads, start, stop in _head_groups(query.size(1), ctx.lengths):
-            q, k, v, d_out = (x[heads, start:stop].contiguous() for x in views)
+        for piece in _pieces(query, *ctx.lengths):
+            heads = piece.heads
+            q, d_out = (x[heads, piece.queries].contiguous() for x in (queries, d_outs))
+            k, v = (x[heads, piece.keys].contiguous() for x in (keys, values))
             d_q = torch.empty_like(q)
             d_k = torch.zeros(k.shape, dtype=log_sums.dtype, device=k.device)
             d_v = torch.zeros(v.shape, dtype=log_sums.dtype, device=v.device)
-            recompute = stop - start > KEEP_PROBABILITIES_TOKENS
+            recompute = piece.num_keys > KEEP_PROBABILITIES_TOKENS
             wide = (q.to(d_k.dtype), k.to(d_k.dtype).transpose(1, 2)) if recompute else None
-            for tile in _tiles(heads, start, stop):
+            for tile in _tiles(piece):
                 if wide is not None:
-                    logits = _masked_logits(*wide, tile, start, ctx.scale, upper)
-                    weights = logits.sub_(log_sums[heads, tile.rows, None]).exp_().to(v.dtype)
+                    logits = _masked_logits(*wide, tile, ctx.scale, upper)
+                    weights = logits.sub_(log_sums[heads, tile.all_rows, None]).exp_().to(v.dtype)
                 else:
                     weights = next(kept)
-                rows = slice(tile.rows.start - start, tile.rows.stop - start)
-                _accumulate_tile_((d_q, d_k, d_v), (q, k, v, d_out), weights, rows, scale=ctx.scale)
-            for grad, part in zip(grad_views, (d_q, d_k.mul_(ctx.scale), d_v), strict=True):
-                grad[heads, start:stop] = part
+                _accumulate_tile_((d_q, d_k, d_v), (q, k, v, d_out), weights, tile, scale=ctx.scale)
+            grad_q[heads, piece.queries] = d_q
+            grad_k[heads, piece.keys] = d_k.mul_(ctx.scale)
+            grad_v[heads, piece.keys] = d_v
         return *grads, None, None, None
 
 
@@ -153,21 +181,20 @@ def _accumulate_tile_(
     grads: tuple[Tensor, Tensor, Tensor],
     inputs: tuple[Tensor, Tensor, Tensor, Tensor],
     weights: Tensor,
-    rows: slice,
+    tile: _Tile,
     *,
     scale: float,
 ) -> None:
     """Write one tile's query gradient and add its (unscaled) key and value gradients."""
     d_q, d_k, d_v = grads
     q, k, v, d_out = inputs
+    rows, seen = tile.rows, slice(tile.num_keys)
     d_rows = d_out[:, rows]
-    d_v[:, : rows.stop] += torch.bmm(weights.transpose(1, 2), d_rows)
-    d_weights = torch.bmm(d_rows, v[:, : rows.stop].transpose(1, 2))
+    d_v[:, seen] += torch.bmm(weights.transpose(1, 2), d_rows)
+    d_weights = torch.bmm(d_rows, v[:, seen].transpose(1, 2))
     d_logits = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
-    torch.baddbmm(
-        q.new_empty(()), d_logits, k[:, : rows.stop], beta=0, alpha=scale, out=d_q[:, rows]
-    )
-    d_k[:, : rows.stop] += torch.bmm(d_logits.transpose(1, 2), q[:, rows])
+    torch.baddbmm(q.new_empty(()), d_logits, k[:, seen], beta=0, alpha=scale, out=d_q[:, rows])
+    d_k[:, seen] += torch.bmm(d_logits.transpose(1, 2), q[:, rows])
 
 
 def tiled_causal_attention(
@@ -176,6 +203,7 @@ def tiled_causal_attention(
     value: Tensor,
     softmax_scale: float,
     lengths: Sequence[int] | None = None,
+    key_lengths: Sequence[int] | None = None,
     *,
     with_max: bool = True,
 ) -> tuple[Tensor, Tensor]:
@@ -183,11 +211,13 @@ def tiled_causal_attention(
 
     Args:
         query: [tokens, heads, qk width], any float dtype; ``heads`` may be batch x heads.
-        key: [tokens, heads, qk width].
-        value: [tokens, heads, v width]; its width may differ from that of the keys.
+        key: [keys, heads, qk width].
+        value: [keys, heads, v width]; its width may differ from that of the keys.
         softmax_scale: factor of ``q k^T``.
         lengths: lengths of the sequences packed along the first axis; their sum is ``tokens``.
             None means one sequence.
+        key_lengths: likewise of the keys; the last query of a sequence sees all of its keys. None:
+            as many as queries, or all keys for one sequence.
         with_max: find the largest logits; without, they are -inf.
 
     Returns:
@@ -195,15 +225,21 @@ def tiled_causal_attention(
         logit [heads] in fp32 (fp64 for fp64 inputs), which carries no gradient.
 
     Raises:
-        ValueError: ``lengths`` do not add up to the tokens given, or keys and queries differ.
+        ValueError: lengths do not add up to the tokens given, a sequence has fewer keys than
+            queries, or shapes do not fit each other.
     """
-    if query.shape != key.shape or query.shape[:2] != value.shape[:2]:
+    if query.shape[1:] != key.shape[1:] or key.shape[:2] != value.shape[:2]:
         raise ValueError(
-            f"causal tiles need equal query and key shapes and as many values, got "
+            f"causal tiles need query and key heads of equal width and as many values as keys, got "
             f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
         )
-    lengths = (query.size(0),) if lengths is None else tuple(lengths)
-    if sum(lengths) != query.size(0):
-        raise ValueError(f"sequence lengths {lengths} do not add up to {query.size(0)} tokens")
-    result = _TiledCausalAttention.apply(query, key, value, softmax_scale, lengths, with_max)
+    if lengths is None:
+        lengths, key_lengths = (query.size(0),), (key.size(0),)
+    both = tuple(lengths), tuple(lengths if key_lengths is None else key_lengths)
+    for name, some, tokens in zip(("sequence", "key"), both, (query, key), strict=True):
+        if sum(some) != tokens.size(0):
+            raise ValueError(f"{name} lengths {some} do not add up to {tokens.size(0)} tokens")
+    if any(length > keys for length, keys in zip(*both, strict=True)):
+        raise ValueError(f"sequences of {both[0]} queries cannot be causal over {both[1]} keys")
+    result = _TiledCausalAttention.apply(query, key, value, softmax_scale, both, with_max)
     return cast("tuple[Tensor, Tensor]", result)

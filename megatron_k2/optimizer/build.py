@@ -49,7 +49,7 @@ from megatron_k2.optimizer.qk_clip import (
     query_row_factors,
 )
 from megatron_k2.optimizer.table import announce
-from megatron_k2.parallel import k2_groups
+from megatron_k2.parallel import k2_groups, stage_places
 
 
 def get_muonclip_optimizer(
@@ -206,7 +206,7 @@ def _plan(
 ) -> None:
     """Plan homes over both instances and attach shards, exchange and clip."""
     by_kind = {one.param_groups[0]["is_expert_parallel"]: one for one in instances}
-    stage, member = _stage(pgs, apart=True in by_kind)
+    stage, member = _stage(apart=True in by_kind)
     expert_table = stage.experts[pgs.ep.rank()] if stage.experts else ((),)
     own: dict[bool, list[tuple[torch.nn.Parameter, ShardedParameter]]] = {
         expert: muon_parameters(
@@ -245,23 +245,14 @@ def _plan(
         )
 
 
-def _stage(pgs: ProcessGroupCollection, *, apart: bool) -> tuple[Stage, int]:
+def _stage(*, apart: bool) -> tuple[Stage, int]:
     """Return this rank's stage and its own place in it.
 
     Collective: over the ranks of the stage.
     """
-    data_rank = pgs.intra_dp_cp.rank()
-    rank = torch.distributed.get_rank()
-    place = (
-        rank, pgs.tp.rank(), data_rank, pgs.ep.rank(), pgs.expt_tp.rank(), pgs.intra_expt_dp.rank()
-    )  # fmt: skip
-    if pgs.tp.size() * pgs.intra_dp_cp.size() == 1:
-        return stage_of([place], apart=apart), 0
-    group = k2_groups.get("optimizer_exchange")
-    places = [place] * group.size()
-    torch.distributed.all_gather_object(places, place, group=group)
+    places = stage_places()
     stage = stage_of(places, apart=apart)
-    return stage, stage.ranks.index(rank)
+    return stage, stage.ranks.index(torch.distributed.get_rank())
 
 
 def _layout_of(buffer: Any) -> BufferLayout:

@@ -2,7 +2,8 @@
 
 What the stock ``pretrain_gpt.py`` does between its data iterator and its model, from upstream's own
 pieces. With ``--dataloader-inter-document-masking`` documents do not see each other: the batch is
-one packed row, and every stage of the pipeline needs the documents' places.
+one packed row, and every stage of the pipeline needs the documents' places. Under context
+parallelism a rank takes its two chunks of every row, packed or not (model/sequence_chunks.py).
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ class Batch:
         tokens, labels, position_ids: int64 [micro_batch_size, seq_length / cp], packed documents
             [1, micro_batch_size * seq_length / cp].
         loss_mask: fp32, the same shape; 1 where a token counts.
-        attention_mask: bool [micro_batch_size or 1, 1, s, s], True hides; None is causal.
-        packed: places of the packed documents, or None.
+        attention_mask: bool [micro_batch_size or 1, 1, s / cp, s], True hides; None is causal.
+        packed: places of the packed documents in the whole row, or None.
     """
 
     tokens: Tensor | None = None
@@ -100,6 +101,31 @@ def get_batch(data_iterator: Any, vp_stage: int | None = None) -> Batch:
     )
     names = ("tokens", "labels", "position_ids", "loss_mask", "attention_mask")
     return Batch(**{name: batch.get(name) for name in names}, packed=packed)
+
+
+def context_mean(loss: Tensor, num_tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a sum and a count whose quotient averages over ranks to the mean over tokens.
+
+    Megatron divides each rank's sum by that rank's count and averages the ranks, which is another
+    number where the context-parallel ranks' chunks hold different numbers of masked tokens. Under
+    ``--calculate-per-token-loss`` it adds up the counts itself, and nothing changes here.
+
+    Args:
+        loss: scalar, summed over this rank's tokens, in nats.
+        num_tokens: int32 scalar, how many they are.
+
+    Collective: all-reduce over the context-parallel group - every rank of it must call.
+    """
+    from megatron.training import get_args
+
+    from megatron_k2 import parallel
+
+    group = parallel.get_pg_collection(["cp"]).cp
+    if group.size() == 1 or get_args().calculate_per_token_loss:
+        return loss, num_tokens
+    whole = num_tokens.clone()
+    torch.distributed.all_reduce(whole, group=group)
+    return loss * group.size(), whole
 
 
 def _packed_params(batch: dict[str, Any], seq_length: int) -> Any:

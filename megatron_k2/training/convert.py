@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -31,12 +32,14 @@ from pathlib import Path
 from megatron_k2.checkpoint import conversions, intact
 from megatron_k2.checkpoint.conversions import Options
 from megatron_k2.checkpoint.errors import ConversionInterrupted, ConversionRefused
+from megatron_k2.checkpoint.hf.small_files import opening_note
 from megatron_k2.checkpoint.hf.weights import SCALE
 from megatron_k2.checkpoint.stream.run import Plan, available_bytes
-from megatron_k2.checkpoint.to_hf import WEIGHTS
+from megatron_k2.checkpoint.to_hf import SHARD_BYTES, WEIGHTS
 from megatron_k2.checkpoint.torch_dist import folder as dist_folder
 from megatron_k2.checkpoint.verify import verify
 
+_TO_HF = ("weights", "scales", "like", "tokenizer", "vocab_size", "shard_gb")
 NS_PER_WEIGHT = 1.2  # of one core, dequantising; tools/bench/convert.py measures it
 
 
@@ -51,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="say what a conversion would do; reads no tensor")
     plan.add_argument("source", type=Path, help="Hugging Face folder or Megatron checkpoint")
     plan.add_argument("--target", type=Path, default=Path("."), help="where it would be written")
-    plan.add_argument("--disk-gb-per-s", type=float, default=1.0, help="for the time estimate")
+    plan.add_argument("--disk-gb-per-s", type=_amount, default=1.0, help="for the time estimate")
     plan.add_argument("--json", action="store_true", help="print one JSON object")
     forth = commands.add_parser("to-megatron", help="Hugging Face -> torch_dist")
     forth.add_argument("source", type=Path, help="Hugging Face folder")
@@ -60,18 +63,18 @@ def build_parser() -> argparse.ArgumentParser:
     back.add_argument("source", type=Path, help="folder of --save, or one of its iterations")
     back.add_argument("target", type=Path, help="the Hugging Face folder to write")
     check = commands.add_parser("verify", help="read both sides again and compare")
-    check.add_argument("source", type=Path)
-    check.add_argument("target", type=Path)
+    check.add_argument("source", type=Path, help="what was converted, of either kind")
+    check.add_argument("target", type=Path, help="what the conversion wrote, of the other kind")
     check.add_argument(
         "--hidden-states", action="store_true",
         help="also run both models layer by layer, one layer in memory at a time",
     )  # fmt: skip
-    check.add_argument("--tokens", type=int, default=64, help="length of the trial text")
+    check.add_argument("--tokens", type=_count, default=64, help="length of the trial text")
     check.add_argument("--json", action="store_true", help="end with one JSON object")
     for command in (plan, forth):
         command.add_argument(
-            "--dtype", choices=conversions.DTYPES, default="source",
-            help="of Megatron's weights; source: FP8 and INT4 become bf16, others stay",
+            "--dtype", choices=conversions.DTYPES,
+            help="of Megatron's weights; default: source, FP8 and INT4 become bf16, others stay",
         )  # fmt: skip
     for command in (plan, back):
         command.add_argument(
@@ -92,14 +95,38 @@ def build_parser() -> argparse.ArgumentParser:
             type=Path,
             help="add this folder's or file's; default: --like's, else what the run trained with",
         )
-        command.add_argument("--vocab-size", type=int, help="rows to keep of a padded vocabulary")
-        command.add_argument("--shard-gb", type=float, default=5.0, help="size of new shards")
+        command.add_argument(
+            "--vocab-size", type=_count, help="rows to keep of a padded vocabulary"
+        )
+        command.add_argument(
+            "--shard-gb", type=_amount, help=f"size of new shards; default: {SHARD_BYTES / 1e9:g}"
+        )
     for command in (forth, back):
         command.add_argument(
-            "--workers", type=int, default=conversions.default_workers(), help="processes"
+            "--workers", type=_count, default=conversions.default_workers(), help="processes"
         )
         command.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
+
+
+def _count(text: str) -> int:
+    """Return a whole number of at least 1."""
+    try:
+        if (value := int(text)) >= 1:
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text}: not a whole number of at least 1")
+
+
+def _amount(text: str) -> float:
+    """Return a finite number above 0."""
+    try:
+        if 0 < (value := float(text)) < math.inf:
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text}: not a number above 0")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -120,18 +147,19 @@ def main(argv: list[str] | None = None) -> int:
 def _options(arguments: argparse.Namespace) -> Options:
     given = vars(arguments)
     return Options(
-        dtype=given.get("dtype", "source"),
+        dtype=given.get("dtype") or "source",
         weights=given.get("weights"),
         scales=given.get("scales"),
         like=given.get("like"),
         vocab_size=given.get("vocab_size"),
         tokenizer=given.get("tokenizer"),
-        shard_bytes=int(given.get("shard_gb", 5.0) * 1e9),
+        shard_bytes=int((given.get("shard_gb") or SHARD_BYTES / 1e9) * 1e9),
     )
 
 
 def _plan(arguments: argparse.Namespace) -> int:
     began = time.monotonic()
+    _refuse_other_direction(arguments)
     made = conversions.plan(arguments.source, _options(arguments))
     report = summary(made, arguments.target, arguments.disk_gb_per_s)
     if arguments.json:
@@ -142,6 +170,20 @@ def _plan(arguments: argparse.Namespace) -> int:
         print(f"  {name.replace('_', ' '):24s} {_spoken(name, value)}")
     print(f"  planned in {time.monotonic() - began:.1f} s; nothing was read but headers")
     return 0
+
+
+def _refuse_other_direction(arguments: argparse.Namespace) -> None:
+    """Refuse flags of the conversion that ``plan`` does not plan for this source."""
+    is_megatron = dist_folder.is_checkpoint(arguments.source)
+    unused = ("dtype",) if is_megatron else _TO_HF
+    given = ["--" + name.replace("_", "-") for name in unused if getattr(arguments, name)]
+    if given:
+        kind, other = ("Megatron checkpoint", "to-megatron") if is_megatron else (
+            "Hugging Face folder", "to-hf"
+        )  # fmt: skip
+        raise ConversionRefused(
+            f"{', '.join(given)}: of {other}, but {arguments.source} is a {kind}; leave it out"
+        )
 
 
 def summary(made: Plan, target: Path, disk_gb_per_s: float) -> dict[str, float]:
@@ -171,11 +213,16 @@ def _spoken(name: str, value: float) -> str:
 def _convert(arguments: argparse.Namespace) -> int:
     began = time.monotonic()
     convert = conversions.to_megatron if arguments.command == "to-megatron" else conversions.to_hf
-    options, workers = _options(arguments), max(1, arguments.workers)
-    written = convert(arguments.source, arguments.target, options, workers, arguments.quiet)
+    if arguments.target.resolve() == arguments.source.resolve():
+        raise ConversionRefused(f"{arguments.target}: is the source; give another folder")
+    workers, quiet = arguments.workers, arguments.quiet
+    written = convert(arguments.source, arguments.target, _options(arguments), workers, quiet)
     num_bytes = sum(path.stat().st_size for path in written.rglob("*") if path.is_file())
     seconds = time.monotonic() - began
     print(f"{written}: {num_bytes / 1e9:.3f} GB in {seconds:.1f} s")
+    note = opening_note(written) if arguments.command == "to-hf" else ""
+    if note:
+        print(note)
     return 0
 
 

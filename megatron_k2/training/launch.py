@@ -117,6 +117,25 @@ def run_module(
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
     command += [str(num_processes), "--master-addr", "127.0.0.1", "--master-port"]
     command += [str(free_port()), "-m", module, *arguments]
+    return run_command(module, command, log, tokens_per_iteration, lock)
+
+
+def run_command(
+    name: str,
+    command: list[str],
+    log: Path,
+    tokens_per_iteration: int = 0,
+    lock: int | None = None,
+) -> RunLog:
+    """Run a command that starts training processes, and wait for it.
+
+    Args:
+        name: what runs, for messages.
+        command: a program and its arguments: torchrun, or srun around it.
+        log: as for ``run_module``, and so are the rest, the result and what is raised.
+        tokens_per_iteration: see there.
+        lock: see there.
+    """
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         command,
@@ -146,7 +165,7 @@ def run_module(
     if stopped:
         raise KeyboardInterrupt
     if code:
-        raise RuntimeError(f"{module} ended with status {code}; {log}:\n" + "".join(tail))
+        raise RuntimeError(f"{name} ended with status {code}; {log}:\n" + "".join(tail))
     return result
 
 

@@ -27,23 +27,34 @@ from torch import Tensor
 from megatron_k2.checkpoint import intact
 from megatron_k2.checkpoint.load_hf import LoadHF
 from megatron_k2.inputs import UsageError, check_splits, require_data
-from megatron_k2.training.batch import get_batch, needs_data
+from megatron_k2.training.batch import context_mean, get_batch, needs_data
 from megatron_k2.training.command_line import run_as_command
+from megatron_k2.training.stage_data import (
+    add_stage_args,
+    check_stage_args,
+    far_mask,
+    samples_of_stage,
+    split_losses,
+    views_of_stage,
+)
 
 Report = dict[str, Tensor]
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, Report]]
 
 
-def loss_func(loss_mask: Tensor, output_tensor: Tensor) -> tuple[Tensor, Tensor, Report]:
+def loss_func(
+    loss_mask: Tensor, output_tensor: Tensor, far: Tensor | None = None
+) -> tuple[Tensor, Tensor, Report]:
     """Return the summed loss, the number of tokens in it and what to report.
 
     Args:
         loss_mask: fp32 [b, s], 1 where a token counts.
         output_tensor: per-token cross entropy in nats, [b, s].
+        far: bool [1, s], tokens whose loss is also reported apart (``--k2-loss-beyond``).
 
     Returns:
-        Scalar sum in nats, int32 token count, and ``{"lm loss": [sum, count]}``, which Megatron
-        reduces over the data-parallel group and divides.
+        Scalar sum in nats, int32 token count (both of ``context_mean``), and ``{"lm loss": [sum,
+        count]}``, which Megatron reduces over the data-parallel group and divides.
 
     Raises:
         Whatever Megatron's rerun machinery raises for a loss that is NaN or infinite
@@ -54,7 +65,12 @@ def loss_func(loss_mask: Tensor, output_tensor: Tensor) -> tuple[Tensor, Tensor,
     loss = torch.sum(losses * mask)
     num_tokens = mask.sum().detach().to(torch.int)
     _check_loss(loss)
-    return loss, num_tokens, {"lm loss": torch.cat([loss.detach().view(1), num_tokens.view(1)])}
+    report = {"lm loss": torch.cat([loss.detach().view(1), num_tokens.view(1)])}
+    if far is not None:
+        from megatron.training import get_args
+
+        report |= split_losses(output_tensor.detach(), loss_mask, far, get_args().k2_loss_beyond)
+    return *context_mean(loss, num_tokens), report
 
 
 SPIKY_LOSS_FACTOR = 10
@@ -103,6 +119,7 @@ def forward_step(
         The output (per-token loss [b, s] on the last stage) or the plan, and the loss function.
     """
     from megatron.core.utils import get_attr_wrapped_model
+    from megatron.training import get_args
 
     batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     inputs = (batch.tokens, batch.position_ids, batch.attention_mask)
@@ -111,7 +128,8 @@ def forward_step(
         output = model.build_schedule_plan(*inputs, **targets)
     else:
         output = model(*inputs, **targets, packed_seq_params=batch.packed)
-    return output, partial(loss_func, cast("Tensor", batch.loss_mask))
+    far = far_mask(get_args(), batch.loss_mask)
+    return output, partial(loss_func, cast("Tensor", batch.loss_mask), far=far)
 
 
 def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, ...]:
@@ -135,12 +153,13 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
     args = get_args()
     check_splits(args)
     tp_rank = parallel.get_pg_collection().tp.rank()
-    return BlendedMegatronDatasetBuilder(
+    datasets = BlendedMegatronDatasetBuilder(
         MockGPTDataset if args.mock_data else GPTDataset,
-        num_samples,
+        samples_of_stage(args, num_samples),
         lambda: tp_rank == 0 and needs_data(args, vp_stage),
         _dataset_config(args),
     ).build()
+    return tuple(views_of_stage(args, datasets))
 
 
 datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron looks for it.
@@ -246,8 +265,11 @@ def main() -> None:
     )
     from megatron.training.arguments import parse_and_validate_args
 
-    args = parse_and_validate_args(args_defaults={"tokenizer_type": "SentencePieceTokenizer"})
+    args = parse_and_validate_args(
+        add_stage_args, args_defaults={"tokenizer_type": "SentencePieceTokenizer"}
+    )
     refuse_unsupported(args)
+    check_stage_args(args)
     require_data(args)
     if args.train_iters is None and args.train_samples is None:
         raise UsageError("no length of the run: give --train-iters or --train-samples")

@@ -18,8 +18,8 @@ TOKENS, BATCH = 48, 2
 class ContextBytes(TorchDispatchMode):
     """Counts the bytes that the collectives of one group are given, by kind.
 
-    An all-gather is given a rank's part and a reduce-scatter the whole; of both, every rank sends
-    a part to every other one.
+    Of all-gathers and reduce-scatters of one tensor. An all-gather is given a rank's part and a
+    reduce-scatter the whole; of both, every rank sends a part to every other one.
     """
 
     def __init__(self, group: torch.distributed.ProcessGroup) -> None:
@@ -30,9 +30,9 @@ class ContextBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count and pass on."""
         if func.namespace == "c10d":
-            _, given, group, *_ = args  # of all-gathers and reduce-scatters of one tensor
-            if torch.distributed.ProcessGroup.unbox(group).group_name == self.name:
-                self.given[func._schema.name.removeprefix("c10d::")] += given.nbytes
+            place = [one.name for one in func._schema.arguments].index("process_group")
+            if torch.distributed.ProcessGroup.unbox(args[place]).group_name == self.name:
+                self.given[func._schema.name.removeprefix("c10d::")] += args[1].nbytes
         return func(*args, **(kwargs or {}))
 
 
@@ -160,7 +160,7 @@ def context_bytes(
     )  # fmt: skip
     with FakeTensorMode():
         spec = get_k2_layer_specs(config, pp_rank=0).layer_specs[0].submodules.self_attention
-        attention = build_module(spec, config=config, layer_number=1).bfloat16()
+        attention = build_module(spec, config=config, layer_number=1)
         expanded: list[int] = []
         seen = attention._run_core_attention
 

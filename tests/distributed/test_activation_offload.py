@@ -36,7 +36,7 @@ CASES = {
     "TP2 SP, recomputed": (Case("", 2, layout_of(tp=2), micro_batch_size=4), RECOMPUTED),
     "PP4 uneven": (Case("", 4, UNEVEN_PP4), {}),
     "EP2 overlapped": (Case("", 2, layout_of(ep=2)), OVERLAPPED),
-    # What examples/kimi_k2_1t/pretrain.sh asks for at once.
+    # What examples/kimi_k2_1t/recipe.toml asks for at once.
     "EP2 overlapped, as the script": (
         Case("", 2, layout_of(ep=2)),
         {

@@ -13,10 +13,15 @@ RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 
 
 class CudaIsMeta(TorchFunctionMode):
-    """Makes on the meta device what asks for a GPU by name: the scales of delayed scaling."""
+    """Makes on the meta device what asks for a GPU by name: the scales of delayed scaling, and a
+    context-parallel rank's places in upstream's rotary tables, which go there from pinned memory.
+    """
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
         kwargs = kwargs or {}
+        kwargs.pop("pin_memory", None)
+        if function is torch.Tensor.cuda:
+            return args[0].to("meta")
         if torch.device(kwargs.get("device") or "cpu").type == "cuda":
             kwargs["device"] = "meta"
         return function(*args, **kwargs)

@@ -412,6 +412,15 @@ def test_what_a_preset_sets_for_memory_can_be_taken_back(monkeypatch: pytest.Mon
         (["--k2-fp8-scope", "linear"], "--k2-fp8-scope linear needs --fp8-format"),
         (["--k2-offload-folder", "/tmp"], "needs --fine-grained-activation-offloading"),
         (["--fine-grained-activation-offloading"], "needs --offload-modules: attn_norm"),
+        (["--fp8-recipe", "blockwise"], "--fp8-recipe blockwise needs --fp8-format"),
+        (
+            ["--offload-modules", "attn_norm"],
+            "--offload-modules attn_norm needs --fine-grained-activation-offloading",
+        ),
+        (
+            ["--recompute-modules", "moe_act"],
+            "--recompute-modules moe_act needs --recompute-granularity selective, found None",
+        ),
     ],
 )
 def test_memory_flags_without_their_switch_are_refused(
@@ -419,3 +428,30 @@ def test_memory_flags_without_their_switch_are_refused(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         validated(monkeypatch, "--k2-preset", "k2-nano", *argv)
+
+
+def test_offloading_that_moves_nothing_is_told_on_the_first_rank(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    offload = ("--fine-grained-activation-offloading", "--offload-modules", "attn_norm", "mlp_norm")
+    for rank, argv, told in (
+        ("0", (), True), ("1", (), False), ("0", ("--min-offloaded-tensor-size", "1024"), False),
+    ):  # fmt: skip
+        monkeypatch.setenv("RANK", rank)
+        finish_k2_args(validated(monkeypatch, "--k2-preset", "k2-micro", *offload, *argv))
+        line = (
+            "megatron_k2: --offload-modules attn_norm mlp_norm: not offloaded, because their "
+            "largest tensors, of 32,768, 32,768 elements, are below --min-offloaded-tensor-size "
+            "1,048,576; give a smaller one\n"
+        )
+        assert capsys.readouterr().err == (line if told else "")
+
+
+def test_fewer_layers_than_a_folders_are_refused_in_one_step(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from tests.unit.checkpoint.megatron_side import make_small
+
+    folder = str(make_small(tmp_path / "hf"))
+    with pytest.raises(UsageError, match=r"--num-layers 1: --k2-load-hf .* has 2 layers; leave it"):
+        validated(monkeypatch, "--k2-load-hf", folder, "--num-layers", "1")

@@ -32,11 +32,11 @@ FLOORS = {
     "agentic": 5,
     "data": 5,
     "registration": 6,
-    "planning": 6,
     "gym": 6,
     "rl": 7,
     "training": 8,
-    "__main__": 9,
+    "planning": 9,
+    "__main__": 10,
 }
 OPTIONAL_PACKAGES = {"transformer_engine", "apex", "amp_C", "emerging_optimizers", "ray"}
 VERSION_READERS = {"importlib.metadata", "pkg_resources"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import resource
 from collections.abc import Iterator
@@ -11,7 +12,12 @@ import pytest
 import torch
 
 from megatron_k2 import offload_arena
-from megatron_k2.offload_arena import OffloadArena, block_bytes, check_offload_modules
+from megatron_k2.offload_arena import (
+    OffloadArena,
+    block_bytes,
+    check_offload_modules,
+    too_small_to_offload,
+)
 
 
 def mapped_files(folder: Path) -> list[str]:
@@ -113,3 +119,20 @@ def test_modules_that_upstream_would_fail_on_are_refused() -> None:
         check_offload_modules(["core_attn"], "selective", ["core_attn"])
     with pytest.raises(ValueError, match="--recompute-granularity full needs again"):
         check_offload_modules(["attn_norm"], "full", [])
+
+
+def test_modules_whose_tensors_stay_below_the_smallest_size_are_named() -> None:
+    sizes = dict(
+        micro_batch_size=1, seq_length=4096, context_parallel_size=1, sequence_parallel=True,
+        tensor_model_parallel_size=8, expert_tensor_parallel_size=1, hidden_size=7168,
+        num_attention_heads=64, multi_latent_attention=True, qk_head_dim=128,
+        qk_pos_emb_head_dim=64, v_head_dim=128, num_experts=384, moe_router_topk=8, swiglu=True,
+        moe_ffn_hidden_size=2048, min_offloaded_tensor_size=1 << 20,
+        offload_modules=["attn_norm", "core_attn", "attn_proj", "mlp_norm", "moe_act"],
+    )  # fmt: skip
+    assert too_small_to_offload(argparse.Namespace(**sizes)) == ""  # Kimi K2, in eight
+    sizes["context_parallel_size"] = 4
+    assert too_small_to_offload(argparse.Namespace(**sizes)).startswith(
+        "--offload-modules attn_norm mlp_norm: not offloaded, because their largest tensors, of "
+        "917,504, 917,504 elements, are below --min-offloaded-tensor-size 1,048,576"
+    )

@@ -58,3 +58,23 @@ def test_another_optimizers_checkpoint_is_named_with_the_flag_that_helps() -> No
     assert message is not None
     assert "'momentum_buffer'" in message and "--no-load-optim" in message
     assert explain(KeyError("something else")) is None
+
+
+def test_modules_to_recompute_are_listed_with_our_own(tmp_path: Path) -> None:
+    text = "Invalid choices for recompute_modules: x. Allowed modules are: y"
+    source = f"def validate(args):\n    assert False, {text!r}\n"
+    error = caught(source, tmp_path, "megatron/core/transformer/transformer_config.py")
+    assert f"{text}, and K2's 'moe_down_proj' (" in str(explain(error))
+
+
+def test_a_process_that_no_launcher_started_is_told_of_torchrun(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import torch
+
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match="MASTER_ADDR") as raised:
+        next(iter(torch.distributed.rendezvous("env://", rank=0, world_size=1)))
+    line = explain(raised.value)
+    assert line is not None and "put `torchrun --nproc-per-node 1 -m` in the place of" in line

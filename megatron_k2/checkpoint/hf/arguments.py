@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_k2.checkpoint.errors import ConversionRefused
+from megatron_k2.checkpoint.hf.bounds import require_possible
 from megatron_k2.checkpoint.hf.model import shape_from_config, text_config
 from megatron_k2.presets.hf_config import CONFIG_NAMES, YARN_NAMES
 
@@ -82,8 +83,8 @@ def arguments_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
         config: a config.json; a multimodal wrapper's text model is taken.
 
     Raises:
-        ConversionRefused: it describes no model of the family, or not all of YaRN's settings, of
-            which Megatron's defaults are not transformers'.
+        ConversionRefused: it describes no model of the family, has a number that is impossible, or
+            not all of YaRN's settings, of which Megatron's defaults are not transformers'.
     """
     shape = shape_from_config(config)
     config = {**_CONFIG_DEFAULTS, **text_config(config)}
@@ -104,14 +105,15 @@ def arguments_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "rope_type": "rope",
         "moe_aux_loss_coeff": _number({"aux_loss_alpha": 0.0, **config}, "aux_loss_alpha"),
     }
-    if config["n_group"] not in (None, 1):
-        arguments["moe_router_num_groups"] = _number(config, "n_group", int)
-        arguments["moe_router_group_topk"] = _number(config, "topk_group", int)
-        _require_pairs(arguments, "config.json")
     yarn = rope_scaling(config)
     if yarn:
         arguments["rope_type"] = "yarn"
         arguments |= {dest: _number(yarn, name) for name, dest in YARN_NAMES.items()}
+    require_possible(config, yarn, shape)
+    if config["n_group"] not in (None, 1):
+        arguments["moe_router_num_groups"] = _number(config, "n_group", int)
+        arguments["moe_router_group_topk"] = _number(config, "topk_group", int)
+        _require_pairs(arguments, "config.json")
     return arguments
 
 
@@ -122,8 +124,8 @@ def config_from_arguments(
 
     Args:
         arguments: the run's, as its checkpoint keeps them.
-        vocab_size: of the tokenizer; None takes ``--vocab-size`` (NullTokenizer adds one to it),
-            then the padded size.
+        vocab_size: of the tokenizer; None takes ``--vocab-size``, the number of a NullTokenizer's
+            tokens too (megatron-core 0.19.2), then the padded size.
 
     Raises:
         ConversionRefused: the run's model is not one of the family.
@@ -245,8 +247,7 @@ def _number(config: Mapping[str, Any], name: str, kind: Any = (int, float)) -> A
 def _vocab_size(arguments: Mapping[str, Any]) -> int:
     if not arguments.get("vocab_size"):
         return int(_argument(arguments, "padded_vocab_size"))
-    given = int(_argument(arguments, "vocab_size"))
-    return given + (arguments.get("tokenizer_type") == "NullTokenizer")
+    return int(_argument(arguments, "vocab_size"))
 
 
 def _num_dense(arguments: Mapping[str, Any]) -> int:

@@ -17,6 +17,7 @@ from megatron_k2.checkpoint.hf.weights import SCALE
 from megatron_k2.checkpoint.names import IGNORED_SUFFIX
 
 BESIDE = "hf"
+INT4 = "_packed"
 CARRIED = "carried.safetensors"
 RECORD = "conversion.json"
 
@@ -42,11 +43,17 @@ def open_pattern(path: Path) -> Pattern:
     """Read a pattern's headers and names.
 
     Raises:
-        ConversionRefused: it is neither of the two, or was kept of a release whose files cannot be
-            rebuilt (INT4, fp16, a multimodal wrapper).
+        ConversionRefused: it is neither of the two, is INT4, or was kept of a release whose files
+            cannot be rebuilt (INT4, fp16, a multimodal wrapper).
     """
     if not (path / RECORD).is_file():
         folder = open_folder(path)
+        packed = next((name for name in folder.tensors if name.endswith(INT4)), None)
+        if packed is not None:
+            raise ConversionRefused(
+                f"{path}: {packed}: INT4 is not written; leave out --like, or give a folder in "
+                "BF16 or FP8"
+            )
         kept = {
             name: tensor
             for name, tensor in folder.tensors.items()

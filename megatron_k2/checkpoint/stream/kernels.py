@@ -66,8 +66,16 @@ def dequantise_int4(out: Array, inputs: list[Array], dtypes: list[str]) -> None:
 
 
 def requantise_fp8(out: Array, inputs: list[Array], dtypes: list[str]) -> None:
-    """Turn (weights, scales) into e4m3 with these scales."""
-    fp8_blocks.quantise(_bf16(inputs[0], dtypes[0]), _fp32(inputs[1], dtypes[1]), out)
+    """Turn (weights, scales) into e4m3 with these scales.
+
+    Raises:
+        ValueError: training made a weight larger than its block's scale can hold.
+    """
+    if fp8_blocks.quantise(_bf16(inputs[0], dtypes[0]), _fp32(inputs[1], dtypes[1]), out):
+        raise ValueError(
+            "its original scales are too small for it, since it is not the released tensor; remove "
+            "the unfinished folder and give --scales fresh"
+        )
 
 
 def quantise_fp8(out: Array, inputs: list[Array], dtypes: list[str]) -> None:

@@ -92,7 +92,7 @@ def test_plan_in_words_names_the_direction_and_writes_nothing(
 def test_whole_round_on_the_command_line_ends_with_status_zero(tmp_path: Path) -> None:
     source = make_small(tmp_path / "hf", fp8=True)
     for arguments in (
-        ["to-megatron", source, tmp_path / "m", "--quiet", "--workers=0"],
+        ["to-megatron", source, tmp_path / "m", "--quiet", "--workers=1"],
         ["to-hf", tmp_path / "m", tmp_path / "again", "--quiet"],
         ["verify", tmp_path / "m", tmp_path / "again"],
     ):
@@ -168,3 +168,40 @@ def test_two_folders_of_one_kind_are_not_compared(
     assert convert.main(["to-hf", str(tmp_path / "m"), str(tmp_path / "back"), "--quiet"]) == 0
     assert convert.main(["verify", str(source), str(tmp_path / "back")]) == 2
     assert "of the same kind as" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        ("plan", ["--shard-gb=inf"]), ("plan", ["--shard-gb=0"]), ("to-hf", ["--shard-gb=nan"]),
+        ("to-hf", ["--shard-gb=-3"]), ("plan", ["--disk-gb-per-s=0"]),
+        ("plan", ["--disk-gb-per-s=-2"]), ("plan", ["--vocab-size=0"]),
+        ("to-megatron", ["--workers=0"]), ("verify", ["--hidden-states", "--tokens=0"]),
+    ],
+)  # fmt: skip
+def test_a_number_that_cannot_be_is_refused_by_its_flag(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, flags: list[str]
+) -> None:
+    paths = [str(tmp_path / "a"), str(tmp_path / "b")][: 1 if command == "plan" else 2]
+    with pytest.raises(SystemExit) as raised:
+        convert.main([command, *paths, *flags])
+    assert raised.value.code == 2
+    flag, _, value = flags[-1].partition("=")
+    assert f"argument {flag}: {value}: not a " in capsys.readouterr().err
+
+
+def test_flags_of_the_other_direction_and_a_target_that_is_the_source_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = str(make_small(tmp_path / "hf"))
+    megatron = str(tmp_path / "m")
+    assert convert.main(["to-megatron", source, megatron, "--quiet", "--workers=1"]) == 0
+    before = sorted(tmp_path.rglob("*"))
+    for arguments, message in (
+        (["plan", megatron, "--dtype=fp32"], "--dtype: of to-megatron, but"),
+        (["plan", source, "--like=/nowhere", "--weights=bf16"], "--weights, --like: of to-hf, but"),
+        (["to-megatron", source, source + "/."], "is the source; give another folder"),
+    ):
+        assert convert.main(arguments) == 2
+        assert message in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before

@@ -170,8 +170,11 @@ def test_vocabulary_is_the_tokenizers_without_padding(tmp_path: Path) -> None:
     arguments = arguments_from_config(BASE) | {"vocab_size": None, "padded_vocab_size": 384}
     assert config_from_arguments(arguments)["vocab_size"] == 384
     assert config_from_arguments(arguments, 300)["vocab_size"] == 300
-    arguments |= {"vocab_size": 299, "tokenizer_type": "NullTokenizer"}
-    assert config_from_arguments(arguments)["vocab_size"] == 300
+    from megatron.core.tokenizers.text.libraries import NullTokenizer
+
+    arguments |= {"vocab_size": 384, "tokenizer_type": "NullTokenizer"}
+    made = config_from_arguments(arguments)["vocab_size"]
+    assert made == 384 == NullTokenizer(384).vocab_size
 
 
 class TestCompareLayers:

@@ -39,6 +39,11 @@ def dequantised(bits: NDArray, scales: NDArray) -> NDArray:
     return out
 
 
+def saturates(values: torch.Tensor, scales: NDArray) -> bool:
+    out = np.empty(values.shape, np.uint8)
+    return fp8_blocks.quantise(bf16_bits(values), scales.astype(np.float32), out)
+
+
 def quantised(values: NDArray, scales: NDArray) -> NDArray:
     out = np.empty(values.shape, np.uint8)
     fp8_blocks.quantise(values, scales.astype(np.float32), out)
@@ -203,6 +208,21 @@ def test_a_block_of_zeros_keeps_its_signs_with_scale_zero_and_gets_scale_one() -
     back = quantised(dequantised(zeros, np.zeros((1, 1))), np.zeros((1, 1)))
     assert np.array_equal(back, zeros)
     assert fp8_blocks.block_scales(np.zeros((4, BLOCK), np.uint16)).tolist() == [[1.0]]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_weight_beyond_rounding_of_the_largest_code_is_said_to_saturate(sign: int) -> None:
+    values = torch.zeros(300, 141)
+    scales = np.full((3, 2), 0.5, np.float32)
+    for place in ((0, 0), (299, 140), (128, 127)):
+        for size, expected in ((448.0, False), (464.0, False), (466.0, True), (3e38, True)):
+            values[place] = sign * size * 0.5
+            assert saturates(values, scales) == expected, (place, size)
+        values[place] = 0
+    assert not saturates(values, np.zeros((3, 2)))
+    values[299, 140] = sign * 1e-30  # becomes zero
+    scales[2, 1] = 0
+    assert saturates(values, scales)
 
 
 def test_fresh_scales_use_the_whole_range_and_lose_at_most_half_a_step() -> None:

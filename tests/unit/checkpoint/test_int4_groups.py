@@ -147,9 +147,17 @@ def test_converted_int4_release_is_exported_as_bf16_with_its_tokenizer(tmp_path:
     assert found.keys() == plain.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in plain.items())
     written = json.loads((exported / "config.json").read_text())
-    assert written["model_type"] == "kimi_k2" and "quantization_config" not in written
+    assert written["model_type"] == "deepseek_v3" and "quantization_config" not in written
     assert written["num_hidden_layers"] == config["num_hidden_layers"]
     assert (exported / "tiktoken.model").read_bytes() == (folder / "tiktoken.model").read_bytes()
+
+
+def test_a_pattern_in_int4_is_refused_in_one_line(tmp_path: Path) -> None:
+    folder, _, _ = wrapped_folder(tmp_path / "hf")
+    there(folder, tmp_path / "megatron")
+    with pytest.raises(ConversionRefused, match="INT4 is not written; leave out --like") as raised:
+        back(tmp_path / "megatron", tmp_path / "again", like=folder)
+    assert "\n" not in str(raised.value)
 
 
 def test_reader_gives_int4_rows_in_either_dtype(tmp_path: Path) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 from safetensors.torch import save_file
+from torch import Tensor
 
 from megatron_k2.checkpoint.errors import ConversionRefused
 from megatron_k2.checkpoint.hf.source import open_source
+from tests.distributed.test_conversion import plain
 from tests.unit.checkpoint.hf_models import BASE
 from tests.unit.checkpoint.megatron_side import SMALL, back, load_release, load_shards, there
 from tests.unit.checkpoint.test_to_hf import make
@@ -80,6 +82,27 @@ def test_pattern_of_another_function_is_refused(
         back(trained(tmp_path), tmp_path / "out", like=like)
     assert message in str(raised.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_original_scales_that_a_trained_weight_outgrew_are_refused_by_its_name(
+    tmp_path: Path,
+) -> None:
+    like = make(tmp_path / "like", SMALL, dict, fp8=True)
+    name = "model.layers.1.mlp.experts.2.up_proj.weight"
+
+    def grown(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        values = plain(load_shards(like))
+        return values | {name: values[name] * 4}
+
+    release = there(make(tmp_path / "hf", SMALL, grown, fp8=False), tmp_path / "m")
+    shutil.rmtree(release / "hf")
+    options: dict[str, Any] = dict(weights="fp8", like=like)
+    with pytest.raises(ConversionRefused, match=f"{name}: .* --scales fresh"):
+        back(release, tmp_path / "out", scales="original", **options)
+    assert not (tmp_path / "out").exists()
+    found = plain(load_shards(back(release, tmp_path / "fresh", scales="fresh", **options)))
+    expected = load_shards(tmp_path / "hf")[name].float()
+    assert (found[name].float() - expected).abs().max() <= expected.abs().max() / 25
 
 
 def test_requests_that_cannot_be_met_are_refused(tmp_path: Path) -> None:

@@ -195,7 +195,10 @@ def test_dropout_zeroes_weights_in_training_only() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(context_parallel_size=2), "--context-parallel-size 2"),
+        (
+            dict(context_parallel_size=2, k2_context_exchange="expanded"),
+            "--k2-context-exchange expanded needs --transformer-impl transformer_engine",
+        ),
         (dict(window_size=(4, 0)), "--window-size"),
         (dict(softmax_type="off-by-one"), "--softmax-type off-by-one"),
         (dict(num_query_groups=2), "--num-query-groups 2"),

@@ -61,6 +61,35 @@ def test_gradient_is_exact_in_fp64() -> None:
     )
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_last_query_of_a_sequence_sees_all_of_its_keys(
+    monkeypatch: pytest.MonkeyPatch, recompute: bool
+) -> None:
+    if recompute:
+        monkeypatch.setattr(tiled_attention, "KEEP_PROBABILITIES_TOKENS", 0)
+    lengths, key_lengths = (3, 131, 1), (140, 131, 300)
+    q, k, v = (x.detach() for x in inputs(571, 3, 24, 10, torch.float32))
+    q, k, v = (x.requires_grad_() for x in (q[:135], k, v))
+    output, maxima = tiled_causal_attention(q, k, v, 0.3, lengths, key_lengths)
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    parts, logits = [], []
+    for a, b, c in zip(
+        wide[0].split(lengths), *(x.split(key_lengths) for x in wide[1:]), strict=True
+    ):
+        logits.append(dense_logits(a, b, 0.3, torch.float64))
+        parts.append(torch.einsum("hqk,khd->qhd", logits[-1].softmax(-1), c))
+    expected = torch.cat(parts)
+    upstream = torch.randn(expected.shape)
+    found = torch.autograd.grad(output, (q, k, v), upstream)
+    wanted = torch.autograd.grad(expected, wide, upstream.double())
+    for one, other in zip((output, *found), (expected, *wanted), strict=True):
+        assert relative_error(one, other) < 2e-6
+    dense = torch.stack([one.amax((1, 2)) for one in logits]).amax(0)
+    torch.testing.assert_close(maxima.double(), dense, rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="cannot be causal over"):
+        tiled_causal_attention(k, q, v[:135], 0.3)
+
+
 def test_one_token_returns_its_value_bit_for_bit() -> None:
     q, k, v = inputs(1, 4, 8, 6, torch.bfloat16)
     assert torch.equal(tiled_causal_attention(q, k, v, 0.1)[0], v)
@@ -147,5 +176,5 @@ def test_wrong_lengths_are_refused() -> None:
     q, k, v = inputs(5, 1, 4, 4, torch.float32)
     with pytest.raises(ValueError, match="do not add up to 5 tokens"):
         tiled_causal_attention(q, k, v, 1.0, (2, 2))
-    with pytest.raises(ValueError, match="equal query and key shapes"):
+    with pytest.raises(ValueError, match="as many values as keys"):
         tiled_causal_attention(q, k[:4], v, 1.0)

@@ -1,0 +1,183 @@
+"""What one microbatch costs in each piece of a model: embedding, dense layer, MoE layer, head.
+
+One dense and one MoE layer between embedding and head, built by the command's own flags without a
+pipeline, run forward and backward by shapes (trace.py); what lives, what was multiplied and what
+was sent is read between the pieces. A stage is a sum of pieces: a search adds them up for thousands
+of layouts, and what it finds is then built stage by stage. The router is taken to be even.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_k2.planning.dry_run import dry_rank
+from megatron_k2.planning.trace import ShapeTrace
+from megatron_k2.planning.wire import Message
+
+KINDS = ("embedding", "dense", "moe", "head")
+_ATTENTION = {"bmm", "baddbmm"}
+"""Products of two activations: their backward pass has no gradient of weights."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product: its work and what it reads and writes."""
+
+    flops: int
+    bytes: int
+    name: str
+
+    @property
+    def has_weight(self) -> bool:
+        """Whether one operand is a weight."""
+        return self.name not in _ATTENTION
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One microbatch in one piece of a model on one rank.
+
+    Attributes:
+        kind: of ``KINDS``.
+        dense_numel: weights outside the experts.
+        expert_numel: weights of this rank's experts.
+        saved_bytes: kept from the forward to the backward pass.
+        transient_bytes: most that lived beside what is saved, in either pass.
+        forward: products of the forward pass.
+        backward: products of the backward pass, recomputation included.
+        forward_messages: of the forward pass.
+        backward_messages: of the backward pass.
+    """
+
+    kind: str
+    dense_numel: int
+    expert_numel: int
+    saved_bytes: int
+    transient_bytes: int
+    forward: tuple[Product, ...]
+    backward: tuple[Product, ...]
+    forward_messages: tuple[Message, ...]
+    backward_messages: tuple[Message, ...]
+
+
+@dataclass
+class _Reading:
+    """The trace's counters at one moment."""
+
+    live: int
+    products: int
+    messages: int
+    peak: int
+
+    @classmethod
+    def now(cls, trace: ShapeTrace) -> _Reading:
+        live, peak = trace.storages.live_bytes(), trace.storages.peak_bytes
+        trace.storages.reset_peak()
+        return cls(live, len(trace.products), len(trace.messages), peak)
+
+
+def trace_pieces(command: Sequence[str], world_size: int) -> dict[str, Piece]:
+    """Run one microbatch of each piece.
+
+    Args:
+        command: arguments of a training command, its parallel sizes among them; pipeline sizes and
+            the number of layers are replaced.
+        world_size: of the run; any multiple of what the sizes need will do.
+
+    Returns:
+        the pieces by kind; a model without experts has no ``moe``, one without a dense layer no
+        ``dense``.
+
+    Raises:
+        ValueError: Megatron or K2 refuse the command.
+    """
+    with dry_rank(command, 0, world_size, with_optimizer=False) as (rank, trace):
+        (model,) = rank.chunks
+        return _run(_unwrapped(model), rank.args, trace)
+
+
+def _unwrapped(model: Any) -> Any:
+    while hasattr(model, "module"):
+        model = model.module
+    return model
+
+
+def _run(model: Any, args: Any, trace: ShapeTrace) -> dict[str, Piece]:
+    """Run the model once, with a reading at every border."""
+    layers = list(model.decoder.layers)
+    kinds = ["embedding", *("moe" if _experts(layer) else "dense" for layer in layers), "head"]
+    ahead = [_Reading.now(trace)]
+    back: list[_Reading] = []
+
+    def border(_module: Any, _inputs: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        ahead.append(_Reading.now(trace))
+        hidden.register_hook(lambda _: back.append(_Reading.now(trace)))
+
+    hooks = [one.register_forward_hook(border) for one in (model.embedding, *layers)]
+    tokens = torch.zeros(args.micro_batch_size, args.seq_length, dtype=torch.int64)
+    tokens = tokens[:, : tokens.shape[1] // args.context_parallel_size]
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    loss = model(tokens, positions, None, labels=tokens)
+    ahead.append(_Reading.now(trace))
+    _forget_gradients(model)
+    loss.sum().backward()
+    back.append(_Reading.now(trace))
+    for hook in hooks:
+        hook.remove()
+    back = [ahead[-1], *back]
+    owners = [[model.embedding], *([layer] for layer in layers), [model.decoder.final_layernorm]]
+    owners[-1].append(model.output_layer)
+    found = {}
+    for at, kind in enumerate(kinds):
+        found[kind] = _piece(kind, owners[at], ahead, back, at, trace)
+    return found
+
+
+def _experts(layer: Any) -> bool:
+    return hasattr(layer.mlp, "experts")
+
+
+def _forget_gradients(model: Any) -> None:
+    """Free each weight's gradient at once: DDP adds it to its own buffer."""
+
+    def drop(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(drop)
+
+
+def _piece(
+    kind: str,
+    owners: Iterable[Any],
+    ahead: Sequence[_Reading],
+    back: Sequence[_Reading],
+    at: int,
+    trace: ShapeTrace,
+) -> Piece:
+    """Read one piece off the borders: ``ahead`` in order, ``back`` from the head on."""
+    first, last = ahead[at], ahead[at + 1]
+    turn = len(ahead) - 2 - at
+    begin, end = back[turn], back[turn + 1]
+    parameters = [parameter for owner in owners for parameter in owner.parameters()]
+    sizes = [0, 0]
+    for parameter in parameters:
+        sizes[not getattr(parameter, "allreduce", True)] += parameter.numel()
+    products = [Product(*one) for one in trace.products]
+    return Piece(
+        kind=kind,
+        dense_numel=sizes[0],
+        expert_numel=sizes[1],
+        saved_bytes=last.live - first.live,
+        transient_bytes=max(last.peak - last.live, end.peak - begin.live, 0),
+        forward=tuple(products[first.products : last.products]),
+        backward=tuple(products[begin.products : end.products]),
+        forward_messages=tuple(trace.messages[first.messages : last.messages]),
+        backward_messages=tuple(trace.messages[begin.messages : end.messages]),
+    )

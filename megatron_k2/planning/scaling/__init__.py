@@ -1,0 +1,1 @@
+"""Loss over FLOPs and sparsity, trained and fitted: `tools/scaling_law.py`."""

@@ -1,0 +1,218 @@
+"""Which layouts fit a model on a cluster, and which of them can be fastest.
+
+All layouts that sizes allow are estimated from a few traced pieces (estimate.py); the best that fit
+are built for real, stage by stage (finalist.py), and their pieces traced with their own sizes.
+Traces depend on tensor and context parallelism and on what happens to activations; expert
+parallelism changes only who holds an expert, so that the search rescales it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron_k2.planning.cluster import Cluster
+from megatron_k2.planning.estimate import Estimate, estimate, stage_kinds
+from megatron_k2.planning.finalist import BuiltStage, build_stages
+from megatron_k2.planning.pieces import Piece, trace_pieces
+from megatron_k2.planning.settings import Candidate
+from megatron_k2.planning.wire import Message
+from megatron_k2.presets import load_preset
+
+RESERVE_BYTES = 6e9
+"""Left free on a GPU for CUDA's context, NCCL's buffers and fragments. A choice of ours."""
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """An estimate with what was built for it.
+
+    Attributes:
+        estimate: with pieces of its own sizes.
+        command: the flags, complete but for data, tokenizer and length.
+        built: its different stages; empty if Megatron refused.
+        refusal: Megatron's own words, or "".
+    """
+
+    estimate: Estimate
+    command: tuple[str, ...]
+    built: tuple[BuiltStage, ...]
+    refusal: str = ""
+
+    @property
+    def peak_bytes(self) -> float:
+        """Bytes of the fullest rank: state as built, activations as traced."""
+        if not self.built:
+            return self.estimate.peak_bytes
+        most = 0.0
+        for stage in self.built:
+            on_gpu = stage.state.parameters + stage.state.gradients + stage.state.buffers
+            moved = self.estimate.candidate.optimizer_offload
+            main = 0 if moved == "all" else stage.state.main_parameters
+            moments = 0 if moved != "none" else stage.state.moments
+            for rank in stage.stages:
+                one = self.estimate.memory[rank]
+                most = max(most, on_gpu + main + moments + one.activations + one.transient)
+        return most
+
+
+class Model:
+    """A preset as the search sees it.
+
+    Args:
+        preset: its name.
+        flags: further flags of every command.
+    """
+
+    def __init__(self, preset: str, flags: Sequence[str] = ()) -> None:
+        self.preset, self.flags = preset, tuple(flags)
+        value = load_preset(preset).value
+        self.num_layers = int(value("num_layers"))  # type: ignore[call-overload]
+        self.hidden_size = int(value("hidden_size"))  # type: ignore[call-overload]
+        self.shape: dict[str, Any] = {
+            name: int(value(name, 0))  # type: ignore[call-overload]
+            for name in ("num_layers", "num_attention_heads", "num_experts", "moe_ffn_hidden_size")
+        }
+        self.layer_kinds = _layer_kinds(str(value("moe_layer_freq", "1")), self.shape)
+        self._pieces: dict[tuple[Any, ...], dict[str, Piece]] = {}
+
+    def command(self, candidate: Candidate) -> list[str]:
+        """Return a candidate's whole command line but for data, tokenizer and length."""
+        return [
+            "--k2-preset", self.preset, *self.flags, *candidate.flags(self.num_layers),
+            "--no-fine-grained-activation-offloading",
+        ]  # fmt: skip
+
+    def pieces(self, candidate: Candidate) -> dict[str, Piece]:
+        """Return the traced pieces of a candidate's own sizes; the same trace serves its likes."""
+        key = (
+            candidate.tp, candidate.cp, candidate.ep, candidate.etp, candidate.memory,
+            candidate.fp8, candidate.micro_batch_size, candidate.seq_length,
+        )  # fmt: skip
+        if key not in self._pieces:
+            kinds = sorted(set(self.layer_kinds))
+            small = [
+                "--num-layers", str(len(kinds)), "--global-batch-size", "1024",
+                "--train-iters", "1", "--no-fine-grained-activation-offloading",
+            ]  # fmt: skip
+            if self.shape["num_experts"]:
+                freq = ",".join(str(int(kind == "moe")) for kind in kinds)
+                small += ["--moe-layer-freq", f"[{freq}]"]
+            ranks = max(candidate.tp * candidate.cp, 1) * max(candidate.ep * candidate.etp, 1)
+            command = ["--k2-preset", self.preset, *self.flags, *candidate.model_flags(), *small]
+            self._pieces[key] = trace_pieces(command, ranks)
+        return self._pieces[key]
+
+
+def _layer_kinds(frequency: str, shape: Mapping[str, Any]) -> list[str]:
+    """Return dense or moe for every layer (Megatron's ``--moe-layer-freq``)."""
+    from megatron.training.arguments import moe_freq_type
+
+    count = shape["num_layers"]
+    if not shape["num_experts"]:
+        return ["dense"] * count
+    parsed = moe_freq_type(frequency)
+    pattern = parsed if isinstance(parsed, list) else [int(i % parsed == 0) for i in range(count)]
+    return ["moe" if one else "dense" for one in pattern]
+
+
+def muon_flops_per_weight(model: Model) -> float:
+    """Return Newton-Schulz FLOPs of a weight: of an expert's matrix, which most weights are."""
+    from megatron_k2.optimizer.config import MuonClipConfig
+
+    value = load_preset(model.preset).value
+    rows = int(value("moe_ffn_hidden_size", 0) or value("ffn_hidden_size"))  # type: ignore[call-overload]
+    return MuonClipConfig().update_rule().flops(rows, model.hidden_size) / (
+        rows * model.hidden_size
+    )
+
+
+def search(
+    model: Model,
+    cluster: Cluster,
+    candidates: Iterable[Candidate],
+    *,
+    reserve_bytes: float = RESERVE_BYTES,
+    progress: Progress = lambda _: None,
+) -> tuple[list[Estimate], int]:
+    """Estimate all candidates.
+
+    Returns:
+        those that fit, fastest first, and how many there were.
+    """
+    candidates = list(candidates)
+    found: list[Estimate] = []
+    work, traced = muon_flops_per_weight(model), _base(model.shape["num_experts"])
+    for at, one in enumerate(candidates):
+        if at % 200 == 0:
+            progress(f"{at} of {len(candidates)} layouts, {len(found)} fit")
+        base = replace(one, ep=traced, pp=1, vpp=1)
+        pieces = {
+            kind: _with_experts(piece, traced, one) for kind, piece in model.pieces(base).items()
+        }
+        guess = estimate(
+            one, pieces, model.layer_kinds, model.hidden_size, work, cluster, simulated=False
+        )
+        if fits(guess.peak_bytes, guess.host_bytes, cluster, reserve_bytes):
+            found.append(guess)
+    return sorted(found, key=lambda each: (each.step_s, each.peak_bytes)), len(candidates)
+
+
+def fits(peak: float, host: float, cluster: Cluster, reserve_bytes: float) -> bool:
+    """Whether a rank's bytes fit its GPU and its share of the host."""
+    there = cluster.host_bytes / cluster.node_gpus
+    return peak + reserve_bytes <= cluster.memory_bytes and host <= there
+
+
+TRACED_EXPERTS = 16
+"""Expert-parallel ranks of the trace that serves all sizes: few experts a rank trace fastest."""
+
+
+def _base(num_experts: int) -> int:
+    """Return the expert-parallel size that is traced for all others."""
+    sizes = [n for n in range(1, TRACED_EXPERTS + 1) if num_experts and num_experts % n == 0]
+    return max(sizes, default=1)
+
+
+def _with_experts(piece: Piece, traced: int, candidate: Candidate) -> Piece:
+    """Return a piece as another expert-parallel size would have it."""
+    if piece.kind != "moe" or traced == candidate.ep:
+        return piece
+    ratio = traced / candidate.ep
+    ranks = tuple(range(0, candidate.ep * candidate.etp, candidate.etp))
+
+    def moved(one: Message) -> Message:
+        if one.kind != "all-to-all":
+            return one
+        return replace(one, ranks=ranks, own_bytes=one.given_bytes // candidate.ep)
+
+    experts = int(piece.expert_numel * ratio)
+    return replace(
+        piece,
+        expert_numel=experts,
+        # Their gradients, in the weights' format, are the largest transient of a MoE layer.
+        transient_bytes=max(piece.transient_bytes + 2 * (experts - piece.expert_numel), 0),
+        forward_messages=tuple(map(moved, piece.forward_messages)),
+        backward_messages=tuple(map(moved, piece.backward_messages)),
+    )
+
+
+def finish(model: Model, cluster: Cluster, guess: Estimate) -> Finalist:
+    """Trace a candidate's own pieces and build its stages."""
+    candidate = guess.candidate
+    command = model.command(candidate)
+    try:
+        pieces = model.pieces(replace(candidate, pp=1, vpp=1))
+        exact = estimate(
+            candidate, pieces, model.layer_kinds, model.hidden_size,
+            muon_flops_per_weight(model), cluster,
+        )  # fmt: skip
+        stages = stage_kinds(candidate, model.layer_kinds)
+        full = [*command, "--train-iters", "1"]
+        built = build_stages(full, candidate.world_size, stages)
+    except ValueError as error:
+        return Finalist(guess, tuple(command), (), str(error))
+    return Finalist(exact, tuple(command), tuple(built))

@@ -1,0 +1,195 @@
+"""A candidate: parallel sizes and memory settings, and the flags that say so to Megatron.
+
+What a candidate leaves open follows the example of Kimi K2's report: ZeRO-1 with overlapped
+reductions, and where experts are spread and stages interleaved, expert messages under the products
+of another microbatch and gradients of weights apart. Whether Megatron takes the flags is not
+decided here: ``dry_run.py`` asks it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_k2.layouts import propose_pipeline_layout
+
+MEMORY: dict[str, tuple[str, ...]] = {
+    "keep": ("--no-recompute", "--k2-fp8-activations"),
+    "recompute": (
+        "--recompute-granularity", "selective", "--recompute-modules", "layernorm", "moe_act",
+        "mla_up_proj", "--k2-fp8-activations",
+    ),
+    "report": (
+        "--recompute-granularity", "selective", "--recompute-modules", "layernorm", "moe_act",
+        "mla_up_proj", "moe_down_proj", "--k2-fp8-activations", "moe_up_proj_input",
+        "swiglu_input",
+    ),
+    "full": (
+        "--recompute-granularity", "full", "--recompute-method", "uniform",
+        "--recompute-num-layers", "1", "--k2-fp8-activations",
+    ),
+}  # fmt: skip
+"""What happens to activations: all kept; the report's selective recomputation (section 2.4.3);
+with its FP8 storage; whole layers recomputed."""
+
+OFFLOAD = ("none", "moments", "all")
+"""Of ``--k2-optimizer-offload``."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One layout on a number of GPUs.
+
+    Attributes:
+        world_size: GPUs.
+        tp, pp, vpp, ep, etp, cp: parallel sizes; ``vpp`` is chunks a rank.
+        micro_batch_size: sequences.
+        global_batch_size: sequences of a step.
+        seq_length: tokens.
+        memory: of ``MEMORY``.
+        optimizer_offload: of ``OFFLOAD``.
+        fp8: experts compute in FP8 (blockwise).
+    """
+
+    world_size: int
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    ep: int = 1
+    etp: int = 1
+    cp: int = 1
+    micro_batch_size: int = 1
+    global_batch_size: int = 1
+    seq_length: int = 4096
+    memory: str = "report"
+    optimizer_offload: str = "none"
+    fp8: bool = False
+
+    @property
+    def dp(self) -> int:
+        """Replicas of the dense weights, context parallelism apart."""
+        return self.world_size // (self.tp * self.pp * self.cp)
+
+    @property
+    def edp(self) -> int:
+        """Replicas of an expert."""
+        return self.world_size // (self.etp * self.ep * self.pp)
+
+    @property
+    def num_microbatches(self) -> int:
+        """Microbatches of a step in each pipeline."""
+        return self.global_batch_size // (self.dp * self.micro_batch_size)
+
+    @property
+    def overlaps_experts(self) -> bool:
+        """Whether expert messages hide under another microbatch's products."""
+        return self.ep > 1 and (self.pp == 1 or self.vpp > 1) and self.memory != "full"
+
+    def layout(self, num_layers: int) -> str:
+        """Return the pipeline's layout string."""
+        return propose_pipeline_layout(num_layers, self.pp, self.vpp)
+
+    def model_flags(self) -> list[str]:
+        """Return what decides a layer's work and memory: no pipeline, no optimizer."""
+        flags = ["--bf16", "--micro-batch-size", str(self.micro_batch_size)]
+        flags += ["--seq-length", str(self.seq_length)]
+        if self.tp > 1:
+            flags += ["--tensor-model-parallel-size", str(self.tp), "--sequence-parallel"]
+        if self.cp > 1:
+            flags += ["--context-parallel-size", str(self.cp)]
+        if self.ep > 1:
+            flags += ["--expert-model-parallel-size", str(self.ep)]
+        if self.etp != self.tp:
+            flags += ["--expert-tensor-parallel-size", str(self.etp)]
+        flags += MEMORY[self.memory]
+        if self.fp8:
+            flags += ["--fp8-format", "e4m3", "--fp8-recipe", "blockwise"]
+        return flags
+
+    def flags(self, num_layers: int) -> list[str]:
+        """Return all flags but the preset's, the data's and the length of the run."""
+        flags = self.model_flags()
+        if self.pp > 1:
+            flags += ["--pipeline-model-parallel-size", str(self.pp)]
+            flags += ["--pipeline-model-parallel-layout", self.layout(num_layers)]
+        if self.overlaps_experts:
+            flags += ["--overlap-moe-expert-parallel-comm", "--delay-wgrad-compute"]
+        flags += ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
+        flags += ["--optimizer", "muonclip", "--k2-muon-wire", "bf16"]
+        if self.optimizer_offload != "none":
+            flags += ["--k2-optimizer-offload", self.optimizer_offload]
+        return [*flags, "--global-batch-size", str(self.global_batch_size)]
+
+
+def candidates(
+    world_size: int,
+    shape: dict[str, Any],
+    *,
+    seq_length: int,
+    global_batch_size: int,
+    node_gpus: int,
+    memory: Sequence[str] = tuple(MEMORY),
+    offload: Sequence[str] = OFFLOAD,
+    fp8: Sequence[bool] = (False,),
+    micro_batch_sizes: Sequence[int] = (1,),
+) -> list[Candidate]:
+    """Return every layout that can be, by sizes alone.
+
+    Args:
+        world_size: GPUs.
+        shape: ``num_layers``, ``num_attention_heads``, ``num_experts`` (0: dense) and
+            ``moe_ffn_hidden_size`` of the model.
+        seq_length: tokens.
+        global_batch_size: sequences of a step.
+        node_gpus: tensor parallelism stays within a node.
+        memory: choices of ``MEMORY``.
+        offload: choices of ``OFFLOAD``.
+        fp8: whether experts compute in FP8.
+        micro_batch_sizes: sequences.
+    """
+    found: list[Candidate] = []
+    heads, experts = shape["num_attention_heads"], shape["num_experts"]
+    contexts = [1] if seq_length <= 8192 else [1, 2, 4, 8, 16]
+    for tp, pp, cp in _products(world_size, _powers(node_gpus), contexts):
+        if heads % tp or pp > shape["num_layers"] or seq_length % (2 * cp * tp):
+            continue
+        for ep, etp in _expert_sizes(world_size // pp, tp, experts, node_gpus):
+            for size in micro_batch_sizes:
+                dp = world_size // (tp * pp * cp)
+                if global_batch_size % (dp * size):
+                    continue
+                number = global_batch_size // (dp * size)
+                for vpp in range(1, 5):
+                    if vpp > 1 and (pp == 1 or number % pp or pp * vpp > shape["num_layers"]):
+                        continue
+                    found.extend(
+                        Candidate(world_size, tp, pp, vpp, ep, etp, cp, size, global_batch_size,
+                                  seq_length, kept, moved, eight)
+                        for kept in memory for moved in offload for eight in fp8
+                    )  # fmt: skip
+    return found
+
+
+def _powers(most: int) -> list[int]:
+    return [2**n for n in range(most.bit_length()) if 2**n <= most]
+
+
+def _products(
+    world_size: int, tensor: Sequence[int], context: Sequence[int]
+) -> list[tuple[int, int, int]]:
+    """Return (tp, pp, cp) whose product divides the world."""
+    stages = [n for n in range(1, min(world_size, 64) + 1) if world_size % n == 0]
+    return [
+        (tp, pp, cp) for tp in tensor for pp in stages for cp in context
+        if world_size % (tp * pp * cp) == 0
+    ]  # fmt: skip
+
+
+def _expert_sizes(ranks: int, tp: int, experts: int, node_gpus: int) -> list[tuple[int, int]]:
+    """Return (ep, etp) for the ranks of a stage; experts whole where they can be."""
+    if not experts:
+        return [(1, tp)]
+    sizes = [n for n in range(1, min(ranks, experts, 8 * node_gpus) + 1)
+             if experts % n == 0 and ranks % n == 0]  # fmt: skip
+    return [(ep, 1) for ep in sizes]

@@ -1,0 +1,1 @@
+"""Grids of flags and seeds with the real trainer: `tools/sweep.py`."""

@@ -1,0 +1,57 @@
+"""One real training step whose bytes are counted, to be compared with a dry run's.
+
+Tokens take the experts in turn, as a dry run assumes: that is the one number it makes up.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from megatron_k2.planning import rank as ranks
+from megatron_k2.planning.memory import state_bytes
+from megatron_k2.planning.trace import LiveStorages
+from megatron_k2.planning.wire import WireLog, sent_bytes_by
+
+
+class Count(WireLog):
+    """Counts messages and storages of a real run, and routes evenly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages = LiveStorages()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if func is torch.ops.aten.topk.default:
+            turns = torch.arange(result[1].numel()) % args[0].shape[-1]
+            turns = turns.view_as(result[1])
+            result = args[0].gather(-1, turns), turns
+        if func.namespace != "c10d":
+            self.storages.note(result, (args, kwargs))
+        return result
+
+
+def measure(command: list[str]) -> dict[str, Any]:
+    """Build this rank, run a step, return bytes held and sent."""
+    os.environ["RANK"] = str(torch.distributed.get_rank())
+    os.environ["WORLD_SIZE"] = str(torch.distributed.get_world_size())
+    os.environ["LOCAL_RANK"] = "0"
+    with ranks.command_line([*command, "--k2-device=cpu", "--mock-data"]):
+        args, container = ranks.parse()
+    try:
+        rank = ranks.build(args, container)
+        rank.train_step()  # the first one makes what lasts
+        with Count() as count:
+            rank.train_step()
+        return {
+            "state": state_bytes(rank.chunks, rank.optimizer),
+            "sent": sent_bytes_by(count.messages),
+            "peak": count.storages.peak_bytes,
+        }
+    finally:
+        ranks.forget()

@@ -1,0 +1,11 @@
+"""Which layouts of a model fit a cluster, at what least time, by which flags; see ``--help``."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_k2.planning.command import main
+
+if __name__ == "__main__":
+    sys.exit(main())

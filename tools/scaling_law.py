@@ -1,0 +1,11 @@
+"""Loss over FLOPs and sparsity: run a grid, fit it, ask it; see ``--help``."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_k2.planning.scaling.command import main
+
+if __name__ == "__main__":
+    sys.exit(main())
