@@ -1,6 +1,6 @@
 """The grid of a scaling law: sparsity x size x tokens x heads x seeds, as runs of a sweep.
 
-Every model has the preset's form at another width and depth (planning/scaling/shapes.py); at one size, all
+Every model has the preset's form at another width and depth (shapes.py); at one size, all
 sparsities have the same active experts, the same tokens and so, but for the router's rows, the same
 FLOPs (K2R 2.3). Each run has its own schedule, warm-up then linear to zero at its last step.
 """
