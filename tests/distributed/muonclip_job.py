@@ -35,9 +35,7 @@ from megatron_k2.max_logit import (
     recording_attentions,
     reset_max_logits,
 )
-from megatron_k2.optimizer import build as muonclip_build
 from megatron_k2.optimizer.config import MuonClipConfig
-from megatron_k2.optimizer.layout import stage_of
 from megatron_k2.optimizer.state import OptimizerState, _tensors
 from megatron_k2.optimizer.telemetry import Telemetry
 from tests.distributed.matrix import NUM_SEQUENCES
@@ -336,9 +334,6 @@ def fake_cuda_step(world_size: int, **fields: Any) -> dict[str, Any]:
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     groups = parallel.initialize_model_parallel(create_gloo_process_groups=False)
     model_parallel_cuda_manual_seed(1)
-    # A fake world gathers nothing; these are the places that its ranks would have.
-    stage = stage_of([(d, 0, d, 0, 0, d) for d in range(world_size)], apart=False)
-    muonclip_build._stage = lambda pgs, apart: (stage, 0)
     _, optimizer = build(Run(layout={}, bf16=True, optimizer=fields), groups, gloo=False)
     (instance,) = optimizer.instances
     inner = instance.optimizer

@@ -5,7 +5,10 @@ Tokens take the experts in turn, as a dry run assumes: that is the one number it
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -36,15 +39,23 @@ class Count(WireLog):
         return result
 
 
-def measure(command: list[str]) -> dict[str, Any]:
-    """Build this rank, run a step, return bytes held and sent."""
+@contextlib.contextmanager
+def real_rank(command: list[str]) -> Iterator[ranks.TrainingRank]:
+    """Build this process's rank of a command."""
     os.environ["RANK"] = str(torch.distributed.get_rank())
     os.environ["WORLD_SIZE"] = str(torch.distributed.get_world_size())
     os.environ["LOCAL_RANK"] = "0"
     with ranks.command_line([*command, "--k2-device=cpu", "--mock-data"]):
         args, container = ranks.parse()
     try:
-        rank = ranks.build(args, container)
+        yield ranks.build(args, container)
+    finally:
+        ranks.forget()
+
+
+def measure(command: list[str]) -> dict[str, Any]:
+    """Build this rank, run a step, return bytes held and sent."""
+    with real_rank(command) as rank:
         rank.train_step()  # the first one makes what lasts
         with Count() as count:
             rank.train_step()
@@ -53,5 +64,39 @@ def measure(command: list[str]) -> dict[str, Any]:
             "sent": sent_bytes_by(count.messages),
             "peak": count.storages.peak_bytes,
         }
-    finally:
-        ranks.forget()
+
+
+def timeline(command: list[str], steps: int) -> list[list[tuple[str, float, float]]]:
+    """Return (forward or backward, start, stop) of every pass, step by step, one thread a rank.
+
+    The clock is the host's, the same for all processes.
+    """
+    from megatron.core.pipeline_parallel import schedules
+
+    torch.set_num_threads(1)
+    passes: list[tuple[str, float, float]] = []
+    before = {name: getattr(schedules, f"{name}_step") for name in ("forward", "backward")}
+
+    def timed(name: str) -> Any:
+        def step(*arguments: Any, **options: Any) -> Any:
+            start = time.monotonic()
+            result = before[name](*arguments, **options)
+            passes.append((name, start, time.monotonic()))
+            return result
+
+        return step
+
+    found = []
+    with real_rank(command) as rank:
+        for name in before:
+            setattr(schedules, f"{name}_step", timed(name))
+        try:
+            for _ in range(steps):
+                passes.clear()
+                torch.distributed.barrier()
+                rank.train_step()
+                found.append(list(passes))
+        finally:
+            for name, original in before.items():
+                setattr(schedules, f"{name}_step", original)
+    return found

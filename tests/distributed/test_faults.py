@@ -82,7 +82,7 @@ def test_a_rank_that_raises_ends_the_job(tmp_path: Path) -> None:
     script.write_text(
         "import os\n"
         "from megatron_k2.training import pretrain\n"
-        "def raises(*arguments):\n"
+        "def raises(*arguments, **options):\n"
         "    raise RuntimeError('this rank has had enough')\n"
         "if os.environ['RANK'] == '1':\n"
         "    pretrain.loss_func = raises\n"

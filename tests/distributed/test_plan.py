@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from statistics import fmean, median
 from typing import Any
 
 import pytest
 
 from megatron_k2.planning.dry_run import dry_rank
 from megatron_k2.planning.memory import state_bytes
+from megatron_k2.planning.pipeline import ChunkTimes, Schedule, simulate
 from megatron_k2.planning.trace import LiveStorages
 from megatron_k2.planning.wire import sent_bytes_by
 from tests.distributed.matrix import evidence_apart
@@ -38,6 +40,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "TP2 x PP2 x EP2": (8, [*TP2, *PP2, *EP2, *ETP1]),
 }
 WIDE = {"DP2", "TP2", "EP2", "PP2", "EP2 x PP2", "TP2 x PP2 x EP2"}
+KINDS = ("forward", "backward")
 ACTIVATIONS = 0.03  # the bar
 
 
@@ -68,3 +71,23 @@ def test_planned_bytes_are_the_measured_ones(pool: Pool, name: str) -> None:
         assert found["state"] == wanted["state"]
         assert found["sent"] == wanted["sent"]
         assert found["peak"] == pytest.approx(wanted["peak"], rel=ACTIVATIONS)
+
+
+@pytest.mark.evidence  # a matter of milliseconds: it wants two cores to itself
+def test_the_simulated_timeline_is_that_of_a_real_pipeline_of_two(pool: Pool) -> None:
+    command = [*COMMAND, *PP2, "--seq-length=256", "--global-batch-size=16"]
+    target = "tests.distributed.plan_job:timeline"
+    runs = pool.run(target, 2, kwargs=dict(command=command, steps=6))
+    errors = []
+    for passes in list(zip(*runs, strict=True))[2:]:  # the first steps warm up
+        seconds = [
+            [fmean(stop - start for name, start, stop in one if name == kind) for kind in KINDS]
+            for one in passes
+        ]
+        begin = min(start for one in passes for _, start, _ in one)
+        real = max(stop for one in passes for _, _, stop in one) - begin
+        schedule = Schedule(len(passes[0]) // 2, 2)
+        times = [[ChunkTimes(forward, backward)] for forward, backward in seconds]
+        errors.append(simulate(schedule, times).duration / real - 1)
+    print("simulated over real - 1:", errors)
+    assert abs(median(errors)) < 0.10  # the bar
