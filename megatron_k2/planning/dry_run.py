@@ -14,6 +14,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -55,6 +56,7 @@ def dry_rank(
     arguments = ranks.command_line([*command, *FLAGS])
     with silence(), arguments, _environment(rank, world_size), _meta_is(device):
         register("cpu", [])
+        scales = _loss_scales()
         args, container = ranks.parse()
         devices = torch.distributed.Backend.backend_capability["fake"]
         if "meta" not in devices:  # point-to-point calls look for the backend of their device
@@ -64,8 +66,21 @@ def dry_rank(
                 yield ranks.build(args, container, with_optimizer=with_optimizer), trace
         finally:
             ranks.forget()
+            for scaler, scale in scales.items():
+                scaler.main_loss_backward_scale = scale
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
+
+
+def _loss_scales() -> dict[Any, Any]:
+    """Return Megatron's class-wide scales of auxiliary losses; a new run starts without."""
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+    from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
+
+    scalers = (MoEAuxLossAutoScaler, MTPLossAutoScaler)
+    found = {scaler: scaler.main_loss_backward_scale for scaler in scalers}
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    return found
 
 
 @contextlib.contextmanager

@@ -212,6 +212,8 @@ def finish(model: Model, cluster: Cluster, guess: Estimate) -> Finalist:
         )  # fmt: skip
         stages = stage_kinds(candidate, model.layer_kinds)
         full = [*command, "--train-iters", "1"]
+        if load_preset(model.preset).value("lr") is None:
+            full += ["--lr", "1e-3"]  # Megatron wants one; no byte depends on it
         built = build_stages(full, candidate.world_size, stages)
     except ValueError as error:
         return Finalist(guess, tuple(command), (), str(error))

@@ -84,10 +84,10 @@ CASES = (
     Case("DP2", 2, layout_of(), evidence=True),
     Case("DP2 ZeRO-1", 2, layout_of(), use_distributed_optimizer=True),
     Case("TP2 SP", 2, layout_of(tp=2), micro_batch_size=2),
-    Case("EP2", 2, layout_of(ep=2)),
+    Case("EP2", 2, layout_of(ep=2), evidence=True),
     Case("EP4 ZeRO-1", 4, layout_of(ep=4), True, evidence=True),
     Case("TP2 x EP2, ETP1", 2, layout_of(tp=2, ep=2, etp=1), micro_batch_size=2, evidence=True),
-    Case("TP2 x EP2, ETP2", 4, layout_of(tp=2, ep=2, etp=2), micro_batch_size=2),
+    Case("TP2 x EP2, ETP2", 4, layout_of(tp=2, ep=2, etp=2), micro_batch_size=2, evidence=True),
     Case("TP2 x PP2", 4, layout_of(tp=2, pp=2), micro_batch_size=2, evidence=True),
     Case("EP2 x PP2", 4, layout_of(ep=2, pp=2), evidence=True),
     Case(

@@ -77,6 +77,7 @@ def test_sigterm_saves_and_leaves_with_success(tmp_path: Path) -> None:
     assert intact.verify(tmp_path, last) == []
 
 
+@pytest.mark.evidence  # a torchrun of its own
 def test_a_rank_that_raises_ends_the_job(tmp_path: Path) -> None:
     script = tmp_path / "raises.py"
     script.write_text(

@@ -40,7 +40,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2-pp2-ep2": (8, layout(tp=2, pp=2, ep=2, etp=1)),
     "vpp2-ep2": (4, layout(pp=2, ep=2, virtual_pipeline_model_parallel_size=2)),
 }
-HEAVY = ("dp2", "dp8", "tp2", "tp2-dp2", "tp4", "ep2", "ep4", "pp2", "tp2-ep2-etp1-dp2")
+HEAVY = ("dp2", "dp8", "tp2", "tp2-dp2", "tp4", "ep2", "ep4", "pp2", "vpp2-ep2", "tp2-ep2-etp1-dp2")
 """In `make evidence`: others contain them."""
 MORE_LAYOUTS = {"one": (1, layout()), "tp2-etp4-dp2": (4, layout(tp=2, etp=4))}
 

@@ -39,7 +39,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "EP2 x PP2": (4, [*EP2, *PP2]),
     "TP2 x PP2 x EP2": (8, [*TP2, *PP2, *EP2, *ETP1]),
 }
-WIDE = {"DP2", "TP2", "EP2", "PP2", "EP2 x PP2", "TP2 x PP2 x EP2"}
+WIDE = set(LAYOUTS) - {"EP2, the report's memory"}
 KINDS = ("forward", "backward")
 ACTIVATIONS = 0.03  # the bar
 
