@@ -109,6 +109,7 @@ WIDTHS = {
 }
 
 
+@pytest.mark.evidence  # leaves the pool's world for a fake one: a worker aborted once
 @pytest.mark.parametrize(
     "case",
     [pytest.param(case, marks=[pytest.mark.evidence] if case[1] > 1 else []) for case in WIDTHS],
