@@ -1,11 +1,13 @@
-"""Running a training script as a command: register first, report a user's error in one line."""
+"""Training scripts and tools as commands: a user's error is one line and an exit status."""
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -43,6 +45,38 @@ def run_as_command(main: Callable[[], Any]) -> int:
             raise
         return _refuse(UsageError(message))
     return 0
+
+
+def run_tool(run: Callable[[], Sequence[str] | None]) -> int:
+    """Run a resumable tool, which starts trainings in processes of their own.
+
+    Args:
+        run: returns what failed and did not stop it, a line each; None or nothing if all went well.
+
+    Returns:
+        Exit status: 0 done, 1 something failed, 2 bad input (``ValueError``), 130 stopped by a
+        signal.
+    """
+    warnings.simplefilter("ignore")  # upstream's, on Transformer Engine: tools need none
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    try:
+        failed = run() or ()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to resume", file=sys.stderr)
+        return 130
+    for message in failed:
+        print(f"error: {message}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _kill_data_workers() -> None:

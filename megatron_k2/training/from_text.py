@@ -12,12 +12,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import logging
 import os
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +28,7 @@ from megatron_k2.data.documents import read_input, read_python_library
 from megatron_k2.data.tokenize import load_tokenizer, read_texts, train_tokenizer, write_indexed
 from megatron_k2.presets import load_preset
 from megatron_k2.training import stages
+from megatron_k2.training.command_line import run_tool
 from megatron_k2.training.job import (
     NUM_EVALUATIONS,
     NUM_PROCESSES,
@@ -279,25 +278,10 @@ def main(argv: list[str] | None = None) -> int:
         Exit status: 0 done, 1 a run failed, 2 bad input, 130 stopped by a signal.
     """
     start = time.monotonic()
-    warnings.simplefilter("ignore")  # upstream's, on Transformer Engine: this job needs none
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    try:
-        run(parse_args(argv))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; run the same command again to resume", file=sys.stderr)
-        return 130
-    say("done", f"{(time.monotonic() - start) / 60:.1f} minutes")
-    return 0
+    status = run_tool(lambda: run(parse_args(argv)))
+    if status == 0:
+        say("done", f"{(time.monotonic() - start) / 60:.1f} minutes")
+    return status
 
 
 if __name__ == "__main__":

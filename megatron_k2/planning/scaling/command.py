@@ -21,12 +21,12 @@ from megatron_k2.planning.scaling.report import (
 from megatron_k2.planning.scaling.shapes import preset_shape
 from megatron_k2.presets import load_preset
 from megatron_k2.training import stages
+from megatron_k2.training.command_line import run_tool
 from megatron_k2.training.sweeps.command import (
     add_run_args,
     finish,
     open_sweep,
     refuse_own_flags,
-    run_command_line,
 )
 from megatron_k2.training.sweeps.grid import last_value
 from megatron_k2.training.sweeps.run import load_results
@@ -188,5 +188,5 @@ def main(argv: list[str] | None = None) -> int:
     if extra and args.command != "run":
         top.error(f"unknown flags: {' '.join(extra)}")
     if args.command == "run":
-        return run_command_line(lambda: run_grid(args, extra))
-    return run_command_line(lambda: fit_grid(args) if args.command == "fit" else ask_grid(args))
+        return run_tool(lambda: run_grid(args, extra))
+    return run_tool(lambda: fit_grid(args) if args.command == "fit" else ask_grid(args))

@@ -16,15 +16,14 @@ Stopped or killed in any stage, the same command goes on and ends with the same 
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import shlex
 import sys
 import time
-import warnings
 from pathlib import Path
 
 from megatron_k2.presets import load_preset
+from megatron_k2.training.command_line import run_tool
 from megatron_k2.training.launchers import DEFAULT_PORT, KINDS, Launcher, slurm_launcher
 from megatron_k2.training.recipes import text as recipe_text
 from megatron_k2.training.recipes.plan import TRAIN_MODULE, Run, plan_stages, table
@@ -147,21 +146,10 @@ def main(argv: list[str] | None = None) -> int:
         Exit status: 0 done, 1 a stage failed, 2 bad input, 130 stopped by a signal.
     """
     start = time.monotonic()
-    warnings.simplefilter("ignore")  # upstream's, on Transformer Engine
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    try:
-        execute(build_parser().parse_args(argv))
-    except ValueError as error:
-        print(f"run_recipe.py: error: {error}", file=sys.stderr)
-        return 2
-    except (RuntimeError, OSError) as error:
-        print(f"run_recipe.py: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; run the same command again to resume", file=sys.stderr)
-        return 130
-    say("done", f"{(time.monotonic() - start) / 60:.1f} minutes")
-    return 0
+    status = run_tool(lambda: execute(build_parser().parse_args(argv)))
+    if status == 0:
+        say("done", f"{(time.monotonic() - start) / 60:.1f} minutes")
+    return status
 
 
 if __name__ == "__main__":

@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
-import logging
 import shlex
-import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_k2.training import stages
+from megatron_k2.training.command_line import run_tool
 from megatron_k2.training.sweeps.data import DESCRIPTION, SweepData, load_data, prepare_data
 from megatron_k2.training.sweeps.grid import Cell, Sweep, expand, last_value, parse_axes
 from megatron_k2.training.sweeps.report import summarise, table
@@ -140,34 +138,6 @@ def finish(sweep: Sweep, cells: list[Cell]) -> list[str]:
     return failed
 
 
-def run_command_line(run: Callable[[], list[str]]) -> int:
-    """Run a command; report what is wrong in one line.
-
-    Args:
-        run: returns what failed.
-
-    Returns:
-        Exit status: 0 done, 1 a run failed, 2 bad input, 130 stopped by a signal.
-    """
-    warnings.simplefilter("ignore")  # upstream's, on Transformer Engine: this job needs none
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    try:
-        failed = run()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; run the same command again to go on", file=sys.stderr)
-        return 130
-    for message in failed:
-        print(f"error: {message}", file=sys.stderr)
-    return 1 if failed else 0
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run a sweep."""
     parser = argparse.ArgumentParser(
@@ -200,4 +170,4 @@ def main(argv: list[str] | None = None) -> int:
             return []
         return finish(sweep, cells)
 
-    return run_command_line(run)
+    return run_tool(run)

@@ -43,13 +43,21 @@ def test_impossible_number_is_refused_by_name(changes: dict[str, Any], message: 
     assert f"config.json: {message}" in str(raised.value)
 
 
-def test_models_at_the_edge_are_taken() -> None:
-    for changes in (
-        dict(num_experts_per_tok=8), dict(GROUPS), dict(n_group=None, topk_group=None),
-        dict(rope_scaling=YARN | dict(factor=1.0)), dict(max_position_embeddings=1),
-        dict(first_k_dense_replace=3, num_experts_per_tok=99),  # no layer reads it
-    ):  # fmt: skip
-        arguments_from_config(BASE | changes)
+@pytest.mark.parametrize(
+    ("changes", "taken"),
+    [
+        (dict(num_experts_per_tok=8), dict(moe_router_topk=8)),
+        (GROUPS, dict(moe_router_num_groups=4, moe_router_group_topk=2)),
+        (dict(n_group=None, topk_group=None), dict(moe_router_topk=BASE["num_experts_per_tok"])),
+        (dict(rope_scaling=YARN | dict(factor=1.0)), dict(rotary_scaling_factor=1.0)),
+        (dict(max_position_embeddings=1), dict(max_position_embeddings=1)),
+        # No layer reads it.
+        (dict(first_k_dense_replace=3, num_experts_per_tok=99), dict(moe_layer_freq=[0, 0, 0])),
+    ],
+)
+def test_models_at_the_edge_are_taken(changes: dict[str, Any], taken: dict[str, Any]) -> None:
+    arguments = arguments_from_config(BASE | changes)
+    assert {name: arguments.get(name) for name in taken} == taken
 
 
 def test_a_plan_says_so_too(tmp_path: Path) -> None:
