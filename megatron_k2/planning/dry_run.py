@@ -12,6 +12,7 @@ import contextlib
 import io
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -114,7 +115,7 @@ def _environment(rank: int, world_size: int) -> Iterator[None]:
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
     """Keep Megatron's pages of arguments, log and warnings off the terminal."""
-    level = logging.root.manager.disable
+    level, hook = logging.root.manager.disable, sys.excepthook
     logging.disable(logging.WARNING)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
@@ -122,3 +123,4 @@ def silence() -> Iterator[None]:
             yield
         finally:
             logging.disable(level)
+            sys.excepthook = hook  # torch puts the rank before each line of a traceback

@@ -116,10 +116,17 @@ def _run(model: Any, args: Any, trace: ShapeTrace) -> dict[str, Piece]:
 
     def border(_module: Any, _inputs: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
-        ahead.append(_Reading.now(trace))
-        hidden.register_hook(lambda _: back.append(_Reading.now(trace)))
+        if len(ahead) < len(kinds):  # not a layer that is recomputed
+            ahead.append(_Reading.now(trace))
+            if hidden.requires_grad:
+                hidden.register_hook(lambda _: back.append(_Reading.now(trace)))
+
+    def again(_module: Any, _inputs: Any) -> None:
+        if len(ahead) > len(kinds):  # a whole layer recomputed: its pass back begins here
+            back.append(_Reading.now(trace))
 
     hooks = [one.register_forward_hook(border) for one in (model.embedding, *layers)]
+    hooks += [layer.register_forward_pre_hook(again) for layer in layers]
     tokens = torch.zeros(args.micro_batch_size, args.seq_length, dtype=torch.int64)
     tokens = tokens[:, : tokens.shape[1] // args.context_parallel_size]
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
