@@ -11,6 +11,7 @@ modules do.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -54,7 +55,8 @@ class Estimate:
         candidate: the layout.
         memory: of each pipeline rank.
         step_s: least seconds of a step.
-        parts_s: of ``step_s``: the steady pipeline, its bubble, Newton-Schulz, exposed reductions.
+        parts_s: of ``step_s``: the steady pipeline, its bubble, Newton-Schulz, exposed reductions,
+            optimizer state from the host and back.
         model_flops: products of a step without recomputation, all GPUs.
         bubble: share of the pipeline's time in which the average rank waits.
         sent_bytes: what the busiest rank sends a step, by kind of traffic.
@@ -144,6 +146,8 @@ def estimate(
     parts = {
         "pipeline": steady, "bubble": pipeline_s - steady, "newton_schulz": muon_s,
         "reductions": exposed,
+        # In and out at once: the link has two directions.
+        "optimizer offload": max(one.host for one in memory) / cluster.host_bandwidth,
     }  # fmt: skip
     sent = _sent(candidate, stages, pieces, hidden_size) | {"gradients and weights": sync_bytes}
     replicas = candidate.dp * candidate.cp * candidate.tp
@@ -299,16 +303,26 @@ def _sent(
     hidden_size: int,
 ) -> dict[str, float]:
     """Return what the busiest rank sends a step in its layers, by kind of traffic."""
+    each = {kind: _sent_by(piece) for kind, piece in pieces.items()}
     best: dict[str, float] = {}
     for stage in stages:
+        counts = Counter(kind for chunk in stage for kind in chunk)
         found: dict[str, float] = {}
-        for kind in (kind for chunk in stage for kind in chunk):
-            for one in (*pieces[kind].forward_messages, *pieces[kind].backward_messages):
-                name = "experts" if one.kind == "all-to-all" else "tensor and context"
-                found[name] = found.get(name, 0.0) + one.sent_bytes * candidate.num_microbatches
+        for kind, count in counts.items():
+            for name, sent in each[kind].items():
+                found[name] = found.get(name, 0.0) + sent * count * candidate.num_microbatches
         if sum(found.values()) >= sum(best.values()):
             best = found
     if candidate.pp > 1:
         per_batch = 2 * candidate.vpp * _hidden_bytes(candidate, hidden_size)
         best["stages"] = per_batch * candidate.num_microbatches
     return best
+
+
+def _sent_by(piece: Piece) -> dict[str, float]:
+    """Return the bytes of one microbatch in one piece, by kind of traffic."""
+    found: dict[str, float] = {}
+    for one in (*piece.forward_messages, *piece.backward_messages):
+        name = "experts" if one.kind == "all-to-all" else "tensor and context"
+        found[name] = found.get(name, 0.0) + one.sent_bytes
+    return found

@@ -88,10 +88,7 @@ class Model:
 
     def pieces(self, candidate: Candidate) -> dict[str, Piece]:
         """Return the traced pieces of a candidate's own sizes; the same trace serves its likes."""
-        key = (
-            candidate.tp, candidate.cp, candidate.ep, candidate.etp, candidate.memory,
-            candidate.fp8, candidate.micro_batch_size, candidate.seq_length,
-        )  # fmt: skip
+        key = _traced_by(candidate)
         if key not in self._pieces:
             kinds = sorted(set(self.layer_kinds))
             small = [
@@ -105,6 +102,14 @@ class Model:
             command = ["--k2-preset", self.preset, *self.flags, *candidate.model_flags(), *small]
             self._pieces[key] = trace_pieces(command, ranks)
         return self._pieces[key]
+
+
+def _traced_by(candidate: Candidate) -> tuple[Any, ...]:
+    """Return all of a candidate that its pieces depend on."""
+    return (
+        candidate.tp, candidate.cp, candidate.ep, candidate.etp, candidate.memory,
+        candidate.fp8, candidate.micro_batch_size, candidate.seq_length,
+    )  # fmt: skip
 
 
 def _layer_kinds(frequency: str, shape: Mapping[str, Any]) -> list[str]:
@@ -145,16 +150,19 @@ def search(
     """
     candidates = list(candidates)
     found: list[Estimate] = []
+    rescaled: dict[tuple[Any, ...], dict[str, Piece]] = {}
     work, traced = muon_flops_per_weight(model), _base(model.shape["num_experts"])
     for at, one in enumerate(candidates):
         if at % 200 == 0:
             progress(f"{at} of {len(candidates)} layouts, {len(found)} fit")
-        base = replace(one, ep=traced, pp=1, vpp=1)
-        pieces = {
-            kind: _with_experts(piece, traced, one) for kind, piece in model.pieces(base).items()
-        }
+        key = _traced_by(one)
+        if key not in rescaled:
+            traces = model.pieces(replace(one, ep=traced, pp=1, vpp=1))
+            rescaled[key] = {
+                kind: _with_experts(piece, traced, one) for kind, piece in traces.items()
+            }
         guess = estimate(
-            one, pieces, model.layer_kinds, model.hidden_size, work, cluster, simulated=False
+            one, rescaled[key], model.layer_kinds, model.hidden_size, work, cluster, simulated=False
         )
         if fits(guess.peak_bytes, guess.host_bytes, cluster, reserve_bytes):
             found.append(guess)
@@ -167,7 +175,7 @@ def fits(peak: float, host: float, cluster: Cluster, reserve_bytes: float) -> bo
     return peak + reserve_bytes <= cluster.memory_bytes and host <= there
 
 
-TRACED_EXPERTS = 16
+TRACED_EXPERTS = 64
 """Expert-parallel ranks of the trace that serves all sizes: few experts a rank trace fastest."""
 
 

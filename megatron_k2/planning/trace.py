@@ -11,6 +11,7 @@ a Transformer Engine kernel saves what it likes. Collectives need ``enter_fake_w
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -48,6 +49,8 @@ class _HostNames(TorchFunctionMode):
 
 
 def _tensors(values: Any) -> list[Tensor]:
+    if isinstance(values, Tensor):
+        return [values]
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
@@ -77,9 +80,9 @@ class LiveStorages:
         """Begin a new count of ``peak_bytes``."""
         self.peak_bytes = self.live_bytes()
 
-    def note(self, result: Any, given: Any) -> None:
+    def note(self, result: Any, given: Sequence[Tensor]) -> None:
         """Count the storages of an operation's results that are not those of what it was given."""
-        old = {one.untyped_storage()._cdata for one in _tensors(given)}
+        old = {one.untyped_storage()._cdata for one in given}
         for tensor in _tensors(result):
             storage = tensor.untyped_storage()
             if storage._cdata not in old:
@@ -134,8 +137,9 @@ class ShapeTrace(WireLog):
         if func.namespace == "c10d":
             self.log(func, args)
             return _collective(func, args)
-        result = _run(func, args, kwargs)
-        self.storages.note(result, (args, kwargs))
+        given = _tensors((args, kwargs))
+        result = _run(func, args, kwargs, given)
+        self.storages.note(result, given)
         self._count(func, args, kwargs, result)
         return result
 
@@ -149,9 +153,8 @@ class ShapeTrace(WireLog):
         self.products.append((flops, moved, func._overloadpacket.__name__))
 
 
-def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+def _run(func: Any, args: Any, kwargs: dict[str, Any], tensors: Sequence[Tensor]) -> Any:
     """Compute integers, shape floating-point tensors."""
-    tensors = _tensors((args, kwargs))
     if not any(one.is_meta for one in tensors):
         return _run_on_host(func, args, kwargs, made=not tensors)
     if func is aten.topk.default:
@@ -160,7 +163,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return UNKNOWN
     if kwargs.get("device") is not None:
         kwargs = {**kwargs, "device": META}
-    args, kwargs = tree_map_only(Tensor, _shape_of, (args, kwargs))
+    if not all(one.is_meta for one in tensors):
+        args, kwargs = tree_map_only(Tensor, _shape_of, (args, kwargs))
     return tree_map_only(Tensor, _known, func(*args, **kwargs))
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from megatron_k2.planning import rank as ranks
 from megatron_k2.planning.memory import state_bytes
@@ -35,7 +36,9 @@ class Count(WireLog):
             turns = turns.view_as(result[1])
             result = args[0].gather(-1, turns), turns
         if func.namespace != "c10d":
-            self.storages.note(result, (args, kwargs))
+            self.storages.note(
+                result, [t for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)]
+            )
         return result
 
 
