@@ -19,6 +19,9 @@ DEVICES = ("auto", "cpu", "cuda")
 meta_device: ContextVar[str] = ContextVar("meta_device", default="cuda")
 """What a tensor without numbers stands for, where modules differ by device: a plan says."""
 
+in_host_memory: ContextVar[bool] = ContextVar("in_host_memory", default=False)
+"""Whether a tensor without numbers that is made now would lie in pinned host memory."""
+
 
 def is_on_host(tensor: torch.Tensor) -> bool:
     """Tell whether a tensor is in host memory, or on the meta device and stands for one there."""

@@ -122,13 +122,17 @@ def build(args: Any, container: Any, *, with_optimizer: bool = True) -> Training
 def forget() -> None:
     """Take back what ``parse`` and ``build`` left in Megatron's globals, process groups too."""
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+    from megatron.core.pipeline_parallel import fine_grained_activation_offload as offload
     from megatron.core.rerun_state_machine import destroy_rerun_state_machine
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
     from megatron.training.global_vars import destroy_global_vars
 
     parallel.destroy_model_parallel()
     destroy_global_vars()
     destroy_num_microbatches_calculator()
     destroy_rerun_state_machine()
+    offload.PipelineOffloadManager.OFFLOAD_MGR = None
+    destroy_moe_metrics_tracker()  # as long as the model had layers
 
 
 def _batches(args: Any) -> Iterator[dict[str, torch.Tensor]]:

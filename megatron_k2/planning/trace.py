@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
+from megatron_k2.device import in_host_memory
 from megatron_k2.planning.wire import WireLog
 
 UNKNOWN = 1.0
@@ -109,13 +110,14 @@ class ShapeTrace(WireLog):
     Attributes:
         messages: collectives and messages, in order.
         storages: what lives of all that was made here.
+        host_storages: what lives in pinned host memory, where activations are offloaded to.
         flops: of matrix products since the beginning.
         products: (flops, bytes read and written, name) of every product.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.storages = LiveStorages()
+        self.storages, self.host_storages = LiveStorages(), LiveStorages()
         self.flops = 0
         self.products: list[tuple[int, int, str]] = []
         self._names = _HostNames()
@@ -139,7 +141,7 @@ class ShapeTrace(WireLog):
             return _collective(func, args)
         given = _tensors((args, kwargs))
         result = _run(func, args, kwargs, given)
-        self.storages.note(result, given)
+        (self.host_storages if in_host_memory.get() else self.storages).note(result, given)
         self._count(func, args, kwargs, result)
         return result
 

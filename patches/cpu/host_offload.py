@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
+from megatron_k2.device import in_host_memory
 from megatron_k2.offload_arena import OffloadArena, offload_folder
+from megatron_k2.parallel import is_fake_world
 from megatron_k2.patches.patch import Patch
 
 _MODULE = "megatron.core.pipeline_parallel.fine_grained_activation_offload"
@@ -29,22 +31,31 @@ def _pool_in_files(original: Any) -> Any:
             self.arena = OffloadArena(offload_folder())
 
         def allocate(self, shape: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-            return self.arena.take(shape, dtype)
+            if not is_fake_world():
+                return self.arena.take(shape, dtype)
+            token = in_host_memory.set(True)  # a plan counts it
+            try:
+                return super().allocate(shape, dtype)  # type: ignore[no-any-return]
+            finally:
+                in_host_memory.reset(token)
 
         def free(self, tensor: torch.Tensor) -> None:
-            self.arena.give_back(tensor)
+            if is_fake_world():
+                super().free(tensor)
+            else:
+                self.arena.give_back(tensor)
 
     return HostTensorPool
 
 
 def _handler_of_host_tensors(original: Any) -> Any:
     class HostOffloadHandler(original):  # type: ignore[misc]
-        """Upstream's handler of one microbatch, for tensors on the CPU."""
+        """Upstream's handler of one microbatch, for tensors on the CPU, and without numbers."""
 
         @staticmethod
         def _can_manage_tensor_for_offload(tensor: torch.Tensor) -> bool:
             is_plain = not isinstance(tensor, torch.nn.Parameter) and type(tensor) is torch.Tensor
-            return is_plain and tensor.device.type == "cpu"
+            return is_plain and tensor.device.type in ("cpu", "meta")
 
         def offload(
             self, src_tensor: torch.Tensor, pin_memory: bool = True, use_cpu_pool: bool = True

@@ -29,12 +29,19 @@ REPORT = [
     "--recompute-granularity=selective", "--recompute-modules", "layernorm", "moe_act",
     "mla_up_proj", "--k2-fp8-activations", "moe_up_proj_input", "swiglu_input",
 ]  # fmt: skip
+OFFLOAD = [
+    "--seq-length=256",  # activations are the peak
+    "--fine-grained-activation-offloading", "--offload-modules", "attn_norm", "qkv_linear",
+    "core_attn", "attn_proj", "mlp_norm", "expert_fc1", "moe_act", "--min-offloaded-tensor-size=1",
+]  # fmt: skip
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "DP2": (2, []),
     "TP2": (2, [*TP2, *ETP1]),
     "EP2": (2, EP2),
     "EP2, the report's memory": (2, [*EP2, *REPORT]),
+    "EP2, activations offloaded": (2, [*EP2, *OFFLOAD]),
     "PP2": (2, PP2),
+    "PP2 x VPP2, activations offloaded": (2, [*PP2, *VPP2, *OFFLOAD]),
     "PP2 x VPP2": (2, [*PP2, *VPP2]),
     "EP2 x PP2": (4, [*EP2, *PP2]),
     "TP2 x PP2 x EP2": (8, [*TP2, *PP2, *EP2, *ETP1]),
@@ -54,6 +61,7 @@ def planned(command: list[str], rank: int, world_size: int) -> dict[str, Any]:
             "state": state_bytes(built.chunks, built.optimizer),
             "sent": sent_bytes_by(trace.messages[before:]),
             "peak": trace.storages.peak_bytes,
+            "host": trace.host_storages.peak_bytes,
         }
 
 
@@ -67,7 +75,8 @@ def test_planned_bytes_are_the_measured_ones(pool: Pool, name: str) -> None:
     for rank in sorted({0, world_size - 1}):  # first and last stage; others are like them
         found = measured[rank]
         wanted = planned(command, rank, world_size)
-        print(name, rank, found["peak"], wanted["peak"], wanted["state"])
+        print(name, rank, found["peak"], wanted["peak"], wanted["host"], wanted["state"])
+        assert bool(wanted["host"]) is ("offloaded" in name)
         assert found["state"] == wanted["state"]
         assert found["sent"] == wanted["sent"]
         assert found["peak"] == pytest.approx(wanted["peak"], rel=ACTIVATIONS)
