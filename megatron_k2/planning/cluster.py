@@ -7,8 +7,10 @@ peaks: a plan divides by them, so its times are the least that physics allows, n
 from __future__ import annotations
 
 import tomllib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
@@ -55,17 +57,21 @@ class Cluster:
         peers = len(message.ranks) - 1
         if peers < 1:
             return 0.0
-        nodes: dict[int, int] = {}
-        for rank in message.ranks:
-            nodes[rank // self.node_gpus] = nodes.get(rank // self.node_gpus, 0) + 1
-        if len(nodes) == 1:
+        num_nodes, neighbours = _spread(message.ranks, self.node_gpus)
+        if num_nodes == 1:
             return message.sent_bytes / self.node_bandwidth
-        neighbours = max(nodes.values())
         if message.kind == "all-to-all":
             near = message.sent_bytes * (neighbours - 1) / peers
             far = message.sent_bytes - near
             return max(near / self.node_bandwidth, far / self.network_bandwidth)
         return message.sent_bytes / (self.network_bandwidth * neighbours)
+
+
+@lru_cache(maxsize=4096)
+def _spread(ranks: tuple[int, ...], node_gpus: int) -> tuple[int, int]:
+    """Return (nodes that a group spans, most of its ranks on one of them)."""
+    nodes = Counter(rank // node_gpus for rank in ranks)
+    return len(nodes), max(nodes.values())
 
 
 _FIELDS = {field.name for field in fields(Cluster)} - {"name", "num_gpus"}

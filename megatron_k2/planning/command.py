@@ -28,6 +28,7 @@ from megatron_k2.planning.dry_run import silence
 from megatron_k2.planning.estimate import Estimate
 from megatron_k2.planning.search import RESERVE_BYTES, Finalist, Model, finish, fits, search
 from megatron_k2.planning.settings import MEMORY, OFFLOAD, candidates
+from megatron_k2.planning.workers import Mapper, workers
 from megatron_k2.presets import list_presets, load_preset
 
 SIZES = ("tp", "pp", "vpp", "ep", "cp")
@@ -61,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
         help="left free on each GPU for CUDA, NCCL and fragments (%(default)s)",
     )  # fmt: skip
     made.add_argument("--top", type=int, default=3, help="layouts to build and print (%(default)s)")
+    made.add_argument("--workers", type=int, help="processes; default: one a core")
     made.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
     made.add_argument(
         "--picture", type=Path, metavar="FILE", help="memory and timeline of the best"
@@ -72,8 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Plan; return 0, 1 if nothing fits, 2 for a wrong argument."""
     options = parser().parse_args(argv)
     try:
-        with silence():
-            cluster, model, finalists, found = _plan(options)
+        with silence(), workers(options.workers) as mapper:
+            cluster, model, finalists, found = _plan(options, mapper)
     except ValueError as error:
         print(f"plan: {error}", file=sys.stderr)
         return 2
@@ -91,13 +93,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _plan(
-    options: argparse.Namespace,
+    options: argparse.Namespace, mapper: Mapper
 ) -> tuple[Cluster, Model, list[Finalist], tuple[int, int, float]]:
     """Return cluster, model, the best layouts, and (how many fit, how many there are, seconds)."""
     start = time.monotonic()
     cluster = load_cluster(options.cluster, options.gpus, _changes(options.set))
     value = load_preset(options.k2_preset).value
-    model = Model(options.k2_preset)
+    model = Model(options.k2_preset, mapper=mapper)
     every = candidates(
         options.gpus, model.shape,
         seq_length=options.seq_length or int(value("seq_length")),  # type: ignore[call-overload]

@@ -56,9 +56,8 @@ def dry_rank(
     trace = ShapeTrace()
     arguments = ranks.command_line([*command, *FLAGS])
     with silence(), arguments, _environment(rank, world_size), _meta_is(device):
-        register("cpu", [])
+        args, container = _parse()
         scales = _loss_scales()
-        args, container = ranks.parse()
         devices = torch.distributed.Backend.backend_capability["fake"]
         if "meta" not in devices:  # point-to-point calls look for the backend of their device
             devices.append("meta")
@@ -71,6 +70,29 @@ def dry_rank(
                 scaler.main_loss_backward_scale = scale
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
+
+
+def _parse() -> tuple[Any, Any]:
+    """Register K2 and parse the command line; what either prints is for a run's log, not a plan's.
+
+    Raises:
+        ValueError: Megatron or K2 refuse the command.
+    """
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        register("cpu", [])
+        try:
+            return ranks.parse()
+        except SystemExit:  # argparse has printed why
+            last = said.getvalue().strip().rsplit("\n", 1)[-1]
+    raise ValueError(last)
+
+
+def load() -> None:
+    """Import what a dry run needs, and register K2, with nothing printed."""
+    with silence(), contextlib.redirect_stderr(io.StringIO()):
+        register("cpu", [])
+        from megatron.training import initialize, training  # noqa: F401
 
 
 def _loss_scales() -> dict[Any, Any]:

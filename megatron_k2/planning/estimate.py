@@ -11,14 +11,14 @@ modules do.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
-from megatron_k2.layouts import parse_pipeline_layout
+from megatron_k2.layouts import parse_pipeline_layout, propose_pipeline_layout
 from megatron_k2.planning.cluster import Cluster
-from megatron_k2.planning.pieces import Piece, Product
 from megatron_k2.planning.pipeline import ChunkTimes, Schedule, simulate
+from megatron_k2.planning.price import Price, Prices, Weights, merge_sent
 from megatron_k2.planning.settings import Candidate
 from megatron_k2.planning.wire import Message
 
@@ -27,6 +27,10 @@ PARAMETER, GRADIENT, MAIN, MOMENT = 2, 4, 4, 4
 
 STEADY_PERIODS = 4
 """Microbatches simulated, in pipeline lengths; the rest repeats the steady state."""
+
+
+Stages = tuple[tuple[tuple[str, ...], ...], ...]
+"""Kinds of pieces, [rank][chunk][place]."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,15 @@ class Memory:
     optimizer: float
     activations: float
     transient: float
-    host: float = 0.0
+    host_optimizer: float = 0.0
     """In host memory: optimizer state between steps."""
+    host_activations: float = 0.0
+    """In host memory: offloaded activations."""
+
+    @property
+    def host(self) -> float:
+        """Bytes in host memory."""
+        return self.host_optimizer + self.host_activations
 
     @property
     def total(self) -> float:
@@ -87,20 +98,27 @@ class Estimate:
         return max(one.host for one in self.memory)
 
 
-def stage_kinds(candidate: Candidate, layer_kinds: Sequence[str]) -> list[list[list[str]]]:
+def stage_kinds(candidate: Candidate, layer_kinds: Sequence[str]) -> Stages:
     """Return the pieces of every chunk, [rank][chunk]."""
-    if candidate.pp == 1:
-        return [[["embedding", *layer_kinds, "head"]]]
+    return _stage_kinds(candidate.pp, candidate.vpp, tuple(layer_kinds))
+
+
+@lru_cache(maxsize=1024)
+def _stage_kinds(num_stages: int, num_chunks: int, layer_kinds: tuple[str, ...]) -> Stages:
+    if num_stages == 1:
+        return ((("embedding", *layer_kinds, "head"),),)
     layers = iter(layer_kinds)
     names = {"E": "embedding", "L": "head"}
-    stages = parse_pipeline_layout(candidate.layout(len(layer_kinds)))
-    chunks = [[next(layers) if one == "t" else names[one] for one in stage] for stage in stages]
-    return [chunks[rank :: candidate.pp] for rank in range(candidate.pp)]
+    stages = parse_pipeline_layout(
+        propose_pipeline_layout(len(layer_kinds), num_stages, num_chunks)
+    )
+    chunks = [tuple(next(layers) if one == "t" else names[one] for one in some) for some in stages]
+    return tuple(tuple(chunks[rank::num_stages]) for rank in range(num_stages))
 
 
 def estimate(
     candidate: Candidate,
-    pieces: Mapping[str, Piece],
+    prices: Prices,
     layer_kinds: Sequence[str],
     hidden_size: int,
     muon_flops_per_weight: float,
@@ -112,7 +130,7 @@ def estimate(
 
     Args:
         candidate: the layout.
-        pieces: of ``trace_pieces`` for the candidate's own sizes.
+        prices: of the pieces with the candidate's own sizes.
         layer_kinds: ``dense`` or ``moe`` for every layer.
         hidden_size: of the model; what travels between stages.
         muon_flops_per_weight: Newton-Schulz work of a weight, on average.
@@ -121,72 +139,40 @@ def estimate(
             for stages that are all alike, and thousands of times faster.
     """
     stages = stage_kinds(candidate, layer_kinds)
-    costs = {kind: _times(piece, candidate, cluster) for kind, piece in pieces.items()}
-    times = tuple(tuple(_sum(costs[k] for k in chunk) for chunk in stage) for stage in stages)
-    saved = [[sum(pieces[k].saved_bytes for k in chunk) for chunk in stage] for stage in stages]
+    chunks = [[prices.of(chunk) for chunk in stage] for stage in stages]
+    times = tuple(tuple(one.times for one in stage) for stage in chunks)
+    saved = [[one.saved_bytes for one in stage] for stage in chunks]
+    offloaded = [[one.offloaded_bytes for one in stage] for stage in chunks]
     pipeline = _pipeline if simulated else _closed_form
     schedule, pipeline_s, bubble, flight = pipeline(candidate, times, saved, hidden_size, cluster)
+    weights = [sum((one.weights for one in stage), Weights()) for stage in chunks]
     memory = tuple(
-        _memory(
-            candidate, stage, pieces, sum(n * b for n, b in zip(flight[r], saved[r], strict=True))
-        )
-        for r, stage in enumerate(stages)
+        _memory(candidate, stage, weights[r], _held(flight[r], saved[r], offloaded[r]))
+        for r, stage in enumerate(chunks)
     )
-    weights = [_weights(stage, pieces) for stage in stages]
     sync_s, sync_bytes = _reductions(candidate, weights, cluster)
     last = max(sum(t.backward + t.weight for t in stage) for stage in times)
     exposed = max(0.0, sync_s - last)
     work = [
-        dense / candidate.dp / candidate.cp + expert / candidate.edp for dense, expert in weights
+        w.trained_dense / candidate.dp / candidate.cp + w.trained_expert / candidate.edp
+        for w in weights
     ]
     muon_s = muon_flops_per_weight * max(work) / cluster.bf16_flops
     ideal = max(sum(_alone(t, schedule) for t in stage) for stage in times)
     steady = candidate.num_microbatches * ideal
-    flops = sum(sum(p.flops for p in pieces[k].forward) for s in stages for c in s for k in c)
+    flops = sum(one.flops for stage in chunks for one in stage)
     parts = {
         "pipeline": steady, "bubble": pipeline_s - steady, "newton_schulz": muon_s,
         "reductions": exposed,
         # In and out at once: the link has two directions.
-        "optimizer offload": max(one.host for one in memory) / cluster.host_bandwidth,
+        "optimizer offload": max(one.host_optimizer for one in memory) / cluster.host_bandwidth,
     }  # fmt: skip
-    sent = _sent(candidate, stages, pieces, hidden_size) | {"gradients and weights": sync_bytes}
+    sent = _sent(candidate, chunks, hidden_size) | {"gradients and weights": sync_bytes}
     replicas = candidate.dp * candidate.cp * candidate.tp
     return Estimate(
         candidate, memory, sum(parts.values()), parts,
         3 * flops * candidate.num_microbatches * replicas, bubble, sent, times,
     )  # fmt: skip
-
-
-def _seconds(products: Sequence[Product], rate: float, bandwidth: float) -> float:
-    return sum(max(one.flops / rate, one.bytes / bandwidth) for one in products)
-
-
-def _times(piece: Piece, candidate: Candidate, cluster: Cluster) -> ChunkTimes:
-    """Return a piece's seconds; expert messages apart, as a schedule can hide them."""
-    rate = cluster.fp8_flops if candidate.fp8 and piece.kind == "moe" else cluster.bf16_flops
-    ahead = _seconds(piece.forward, rate, cluster.memory_bandwidth)
-    back = _seconds(piece.backward, rate, cluster.memory_bandwidth)
-    weighted = [one for one in piece.forward if one.has_weight]
-    weight = _seconds(weighted, rate, cluster.memory_bandwidth)
-    messages = [_split(some, cluster) for some in (piece.forward_messages, piece.backward_messages)]
-    (other_f, expert_f), (other_b, expert_b) = messages
-    return ChunkTimes(
-        ahead + other_f, max(back - weight, 0.0) + other_b, weight, expert_f, expert_b
-    )
-
-
-def _split(messages: Sequence[Message], cluster: Cluster) -> tuple[float, float]:
-    """Return seconds of all other messages, and of the experts' all-to-all."""
-    sums = [0.0, 0.0]
-    for one in messages:
-        sums[one.kind == "all-to-all"] += cluster.seconds(one)
-    return sums[0], sums[1]
-
-
-def _sum(parts: object) -> ChunkTimes:
-    rows = [(t.forward, t.backward, t.weight, t.forward_messages, t.backward_messages)
-            for t in parts]  # type: ignore[attr-defined]  # fmt: skip
-    return ChunkTimes(*(sum(column) for column in zip(*rows, strict=True)))
 
 
 def _alone(times: ChunkTimes, schedule: Schedule) -> float:
@@ -246,83 +232,68 @@ def _hidden_bytes(candidate: Candidate, hidden_size: int) -> float:
     return PARAMETER * hidden_size * tokens
 
 
-def _weights(stage: Sequence[Sequence[str]], pieces: Mapping[str, Piece]) -> tuple[int, int]:
-    kinds = [kind for chunk in stage for kind in chunk]
-    return sum(pieces[k].dense_numel for k in kinds), sum(pieces[k].expert_numel for k in kinds)
+def _held(
+    flight: Sequence[float], saved: Sequence[float], offloaded: Sequence[float]
+) -> tuple[float, float]:
+    """Return a rank's bytes of all microbatches in flight: on the GPU, on the host."""
+    return (
+        sum(n * b for n, b in zip(flight, saved, strict=True)),
+        sum(n * b for n, b in zip(flight, offloaded, strict=True)),
+    )
 
 
 def _memory(
     candidate: Candidate,
-    stage: Sequence[Sequence[str]],
-    pieces: Mapping[str, Piece],
-    activations: float,
+    chunks: Sequence[Price],
+    weights: Weights,
+    activations: tuple[float, float],
 ) -> Memory:
-    dense, expert = _weights(stage, pieces)
-    kinds = [kind for chunk in stage for kind in chunk]
-    ends = sum(pieces[k].dense_numel for k in kinds if k in ("embedding", "head"))
-    shard = dense / (candidate.dp * candidate.cp) + expert / candidate.edp
+    replicas = candidate.dp * candidate.cp
+    shard = weights.trained_dense / replicas + weights.trained_expert / candidate.edp
     main = MAIN * shard
-    moments = MOMENT * (shard + ends / (candidate.dp * candidate.cp))  # AdamW has two
+    moments = MOMENT * (shard + weights.trained_ends / replicas)  # AdamW has two
     there = {"none": 0.0, "moments": moments, "all": main + moments}[candidate.optimizer_offload]
     return Memory(
-        parameters=PARAMETER * (dense + expert),
-        gradients=GRADIENT * (dense + expert),
+        parameters=PARAMETER * (weights.dense + weights.expert),
+        gradients=GRADIENT * (weights.trained_dense + weights.trained_expert),
         optimizer=main + moments - there,
-        activations=activations,
-        transient=max(pieces[k].transient_bytes for k in kinds),
-        host=there,
+        activations=activations[0],
+        transient=max(one.transient_bytes for one in chunks),
+        host_optimizer=there,
+        host_activations=activations[1],
     )
 
 
 def _reductions(
-    candidate: Candidate, weights: Sequence[tuple[int, int]], cluster: Cluster
+    candidate: Candidate, weights: Sequence[Weights], cluster: Cluster
 ) -> tuple[float, float]:
     """Return seconds and bytes of the busiest rank's gradients and weights of a step."""
     worst = (0.0, 0.0)
-    for dense, expert in weights:
+    for one in set(weights):
         seconds = total = 0.0
         for numel, ranks, stride in (
-            (dense, candidate.dp * candidate.cp, candidate.tp),
-            (expert, candidate.edp, candidate.ep * candidate.etp),
+            (one.trained_dense, candidate.dp * candidate.cp, candidate.tp),
+            (one.trained_expert, candidate.edp, candidate.ep * candidate.etp),
         ):
             group = tuple(range(0, ranks * stride, stride))
-            for one in (
+            for message in (
                 Message("reduce-scatter", group, "", GRADIENT * numel),
                 Message("all-gather", group, "", PARAMETER * numel // max(ranks, 1)),
             ):
-                seconds += cluster.seconds(one)
-                total += one.sent_bytes
+                seconds += cluster.seconds(message)
+                total += message.sent_bytes
         worst = max(worst, (seconds, total))
     return worst
 
 
 def _sent(
-    candidate: Candidate,
-    stages: Sequence[Sequence[Sequence[str]]],
-    pieces: Mapping[str, Piece],
-    hidden_size: int,
+    candidate: Candidate, chunks: Sequence[Sequence[Price]], hidden_size: int
 ) -> dict[str, float]:
     """Return what the busiest rank sends a step in its layers, by kind of traffic."""
-    each = {kind: _sent_by(piece) for kind, piece in pieces.items()}
-    best: dict[str, float] = {}
-    for stage in stages:
-        counts = Counter(kind for chunk in stage for kind in chunk)
-        found: dict[str, float] = {}
-        for kind, count in counts.items():
-            for name, sent in each[kind].items():
-                found[name] = found.get(name, 0.0) + sent * count * candidate.num_microbatches
-        if sum(found.values()) >= sum(best.values()):
-            best = found
+    stages = [merge_sent(one.sent_bytes for one in stage) for stage in chunks]
+    busiest = max(stages, key=lambda sent: sum(sent.values()))
+    found = {name: sent * candidate.num_microbatches for name, sent in busiest.items()}
     if candidate.pp > 1:
         per_batch = 2 * candidate.vpp * _hidden_bytes(candidate, hidden_size)
-        best["stages"] = per_batch * candidate.num_microbatches
-    return best
-
-
-def _sent_by(piece: Piece) -> dict[str, float]:
-    """Return the bytes of one microbatch in one piece, by kind of traffic."""
-    found: dict[str, float] = {}
-    for one in (*piece.forward_messages, *piece.backward_messages):
-        name = "experts" if one.kind == "all-to-all" else "tensor and context"
-        found[name] = found.get(name, 0.0) + one.sent_bytes
+        found["stages"] = per_batch * candidate.num_microbatches
     return found

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from megatron_k2.planning.dry_run import dry_rank
 from megatron_k2.planning.memory import StateBytes, state_bytes
+from megatron_k2.planning.workers import Mapper
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,10 @@ class BuiltStage:
 
 
 def build_stages(
-    command: Sequence[str], world_size: int, stages: Sequence[Sequence[Sequence[str]]]
+    command: Sequence[str],
+    world_size: int,
+    stages: Sequence[Sequence[Sequence[str]]],
+    mapper: Mapper = map,
 ) -> list[BuiltStage]:
     """Build each stage that differs.
 
@@ -43,6 +48,7 @@ def build_stages(
         command: the whole command line.
         world_size: GPUs.
         stages: pieces by [rank][chunk], as ``estimate.stage_kinds`` returns them.
+        mapper: of ``workers``; by default everything happens in this process.
 
     Returns:
         one entry for each different stage.
@@ -53,19 +59,21 @@ def build_stages(
     alike: dict[str, list[int]] = {}
     for place, stage in enumerate(stages):
         alike.setdefault(repr(stage), []).append(place)
-    found = []
-    for same in alike.values():
-        first = same[0] * (world_size // len(stages))
-        with dry_rank(command, first, world_size) as (rank, _):
-            flops, sent = _optimizer_work(rank.optimizer)
-            found.append(
-                BuiltStage(
-                    tuple(same), state_bytes(rank.chunks, rank.optimizer),
-                    sum(p.numel() for chunk in rank.chunks for p in chunk.parameters()),
-                    flops, sent,
-                )
-            )  # fmt: skip
-    return found
+    places = [tuple(same) for same in alike.values()]
+    per_stage = world_size // len(stages)
+    return list(mapper(partial(_build, tuple(command), per_stage, world_size), places))
+
+
+def _build(
+    command: Sequence[str], per_stage: int, world_size: int, places: tuple[int, ...]
+) -> BuiltStage:
+    """Build the first rank of the first of some stages that are alike."""
+    with dry_rank(command, places[0] * per_stage, world_size) as (rank, _):
+        flops, sent = _optimizer_work(rank.optimizer)
+        return BuiltStage(
+            places, state_bytes(rank.chunks, rank.optimizer),
+            sum(p.numel() for chunk in rank.chunks for p in chunk.parameters()), flops, sent,
+        )  # fmt: skip
 
 
 def _optimizer_work(optimizer: Any) -> tuple[float, float]:

@@ -46,7 +46,9 @@ class Piece:
         kind: of ``KINDS``.
         dense_numel: weights outside the experts.
         expert_numel: weights of this rank's experts.
-        saved_bytes: kept from the forward to the backward pass.
+        trained_numel: of both, those with a gradient.
+        saved_bytes: kept on the GPU from the forward to the backward pass.
+        offloaded_bytes: kept in host memory meanwhile.
         transient_bytes: most that lived beside what is saved, in either pass.
         forward: products of the forward pass.
         backward: products of the backward pass, recomputation included.
@@ -57,7 +59,9 @@ class Piece:
     kind: str
     dense_numel: int
     expert_numel: int
+    trained_numel: tuple[int, int]
     saved_bytes: int
+    offloaded_bytes: int
     transient_bytes: int
     forward: tuple[Product, ...]
     backward: tuple[Product, ...]
@@ -70,6 +74,7 @@ class _Reading:
     """The trace's counters at one moment."""
 
     live: int
+    host: int
     products: int
     messages: int
     peak: int
@@ -78,7 +83,8 @@ class _Reading:
     def now(cls, trace: ShapeTrace) -> _Reading:
         live, peak = trace.storages.live_bytes(), trace.storages.peak_bytes
         trace.storages.reset_peak()
-        return cls(live, len(trace.products), len(trace.messages), peak)
+        host = trace.host_storages.live_bytes()
+        return cls(live, host, len(trace.products), len(trace.messages), peak)
 
 
 def trace_pieces(command: Sequence[str], world_size: int) -> dict[str, Piece]:
@@ -173,15 +179,19 @@ def _piece(
     turn = len(ahead) - 2 - at
     begin, end = back[turn], back[turn + 1]
     parameters = [parameter for owner in owners for parameter in owner.parameters()]
-    sizes = [0, 0]
+    sizes, trained = [0, 0], [0, 0]
     for parameter in parameters:
-        sizes[not getattr(parameter, "allreduce", True)] += parameter.numel()
+        is_expert = not getattr(parameter, "allreduce", True)
+        sizes[is_expert] += parameter.numel()
+        trained[is_expert] += parameter.numel() * parameter.requires_grad
     products = [Product(*one) for one in trace.products]
     return Piece(
         kind=kind,
         dense_numel=sizes[0],
         expert_numel=sizes[1],
+        trained_numel=(trained[0], trained[1]),
         saved_bytes=last.live - first.live,
+        offloaded_bytes=last.host - first.host,
         transient_bytes=max(last.peak - last.live, end.peak - begin.live, 0),
         forward=tuple(products[first.products : last.products]),
         backward=tuple(products[begin.products : end.products]),

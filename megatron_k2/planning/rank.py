@@ -17,8 +17,6 @@ from typing import Any
 
 import torch
 
-from megatron_k2 import parallel
-
 
 @dataclass(frozen=True)
 class TrainingRank:
@@ -103,6 +101,7 @@ def build(args: Any, container: Any, *, with_optimizer: bool = True) -> Training
     from megatron.training.initialize import initialize_megatron
     from megatron.training.training import setup_model_and_optimizer
 
+    from megatron_k2 import parallel
     from megatron_k2.training.pretrain import embedding_ranks
 
     initialize_megatron(get_embedding_ranks=embedding_ranks)
@@ -126,6 +125,8 @@ def forget() -> None:
     from megatron.core.rerun_state_machine import destroy_rerun_state_machine
     from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
     from megatron.training.global_vars import destroy_global_vars
+
+    from megatron_k2 import parallel
 
     parallel.destroy_model_parallel()
     destroy_global_vars()

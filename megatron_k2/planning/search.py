@@ -16,8 +16,10 @@ from megatron_k2.planning.cluster import Cluster
 from megatron_k2.planning.estimate import Estimate, estimate, stage_kinds
 from megatron_k2.planning.finalist import BuiltStage, build_stages
 from megatron_k2.planning.pieces import Piece, trace_pieces
+from megatron_k2.planning.price import Prices, price
 from megatron_k2.planning.settings import Candidate
 from megatron_k2.planning.wire import Message
+from megatron_k2.planning.workers import Mapper
 from megatron_k2.presets import load_preset
 
 RESERVE_BYTES = 6e9
@@ -65,10 +67,11 @@ class Model:
     Args:
         preset: its name.
         flags: further flags of every command.
+        mapper: of ``workers``; by default everything happens in this process.
     """
 
-    def __init__(self, preset: str, flags: Sequence[str] = ()) -> None:
-        self.preset, self.flags = preset, tuple(flags)
+    def __init__(self, preset: str, flags: Sequence[str] = (), mapper: Mapper = map) -> None:
+        self.preset, self.flags, self._map = preset, tuple(flags), mapper
         value = load_preset(preset).value
         self.num_layers = int(value("num_layers"))  # type: ignore[call-overload]
         self.hidden_size = int(value("hidden_size"))  # type: ignore[call-overload]
@@ -83,25 +86,44 @@ class Model:
         """Return a candidate's whole command line but for data, tokenizer and length."""
         return [
             "--k2-preset", self.preset, *self.flags, *candidate.flags(self.num_layers),
-            "--no-fine-grained-activation-offloading",
         ]  # fmt: skip
 
     def pieces(self, candidate: Candidate) -> dict[str, Piece]:
         """Return the traced pieces of a candidate's own sizes; the same trace serves its likes."""
-        key = _traced_by(candidate)
-        if key not in self._pieces:
-            kinds = sorted(set(self.layer_kinds))
-            small = [
-                "--num-layers", str(len(kinds)), "--global-batch-size", "1024",
-                "--train-iters", "1", "--no-fine-grained-activation-offloading",
-            ]  # fmt: skip
-            if self.shape["num_experts"]:
-                freq = ",".join(str(int(kind == "moe")) for kind in kinds)
-                small += ["--moe-layer-freq", f"[{freq}]"]
-            ranks = max(candidate.tp * candidate.cp, 1) * max(candidate.ep * candidate.etp, 1)
-            command = ["--k2-preset", self.preset, *self.flags, *candidate.model_flags(), *small]
-            self._pieces[key] = trace_pieces(command, ranks)
-        return self._pieces[key]
+        self.trace([candidate])
+        return self._pieces[_traced_by(candidate)]
+
+    def trace(self, candidates: Iterable[Candidate], progress: Progress = lambda _: None) -> None:
+        """Trace the pieces of all candidates, each kind of candidate once."""
+        wanted = {_traced_by(one): one for one in candidates}
+        wanted = {key: one for key, one in wanted.items() if key not in self._pieces}
+        commands = [self._small_command(one) for one in wanted.values()]
+        ranks = [one.tp * one.cp * one.ep * one.etp for one in wanted.values()]
+        for at, pieces in enumerate(self._map(trace_pieces, commands, ranks)):
+            self._pieces[list(wanted)[at]] = pieces
+            progress(f"{at + 1} of {len(wanted)} settings traced")
+
+    def _small_command(self, candidate: Candidate) -> list[str]:
+        """Return a candidate's command for one layer of each kind."""
+        kinds = sorted(set(self.layer_kinds))
+        small = ["--num-layers", str(len(kinds)), "--global-batch-size", "1024"]
+        small += ["--train-iters", "1"]
+        if self.shape["num_experts"]:
+            freq = ",".join(str(int(kind == "moe")) for kind in kinds)
+            small += ["--moe-layer-freq", f"[{freq}]"]
+        return ["--k2-preset", self.preset, *self.flags, *candidate.model_flags(), *small]
+
+    def build(self, candidate: Candidate) -> list[BuiltStage]:
+        """Build each stage of a candidate that differs from the others.
+
+        Raises:
+            ValueError: Megatron or K2 refuse the command.
+        """
+        command = [*self.command(candidate), "--train-iters", "1"]
+        if load_preset(self.preset).value("lr") is None:
+            command += ["--lr", "1e-3"]  # Megatron wants one; no byte depends on it
+        stages = stage_kinds(candidate, self.layer_kinds)
+        return build_stages(command, candidate.world_size, stages, self._map)
 
 
 def _traced_by(candidate: Candidate) -> tuple[Any, ...]:
@@ -150,23 +172,27 @@ def search(
     """
     candidates = list(candidates)
     found: list[Estimate] = []
-    rescaled: dict[tuple[Any, ...], dict[str, Piece]] = {}
+    priced: dict[tuple[Any, ...], Prices] = {}
     work, traced = muon_flops_per_weight(model), _base(model.shape["num_experts"])
+    model.trace((replace(one, ep=traced, pp=1, vpp=1) for one in candidates), progress)
     for at, one in enumerate(candidates):
         if at % 200 == 0:
             progress(f"{at} of {len(candidates)} layouts, {len(found)} fit")
         key = _traced_by(one)
-        if key not in rescaled:
+        if key not in priced:
             traces = model.pieces(replace(one, ep=traced, pp=1, vpp=1))
-            rescaled[key] = {
-                kind: _with_experts(piece, traced, one) for kind, piece in traces.items()
-            }
+            pieces = (_with_experts(piece, traced, one) for piece in traces.values())
+            priced[key] = _prices(pieces, one, cluster)
         guess = estimate(
-            one, rescaled[key], model.layer_kinds, model.hidden_size, work, cluster, simulated=False
+            one, priced[key], model.layer_kinds, model.hidden_size, work, cluster, simulated=False
         )
         if fits(guess.peak_bytes, guess.host_bytes, cluster, reserve_bytes):
             found.append(guess)
     return sorted(found, key=lambda each: (each.step_s, each.peak_bytes)), len(candidates)
+
+
+def _prices(pieces: Iterable[Piece], candidate: Candidate, cluster: Cluster) -> Prices:
+    return Prices(price(piece, cluster, fp8=candidate.fp8) for piece in pieces)
 
 
 def fits(peak: float, host: float, cluster: Cluster, reserve_bytes: float) -> bool:
@@ -201,8 +227,11 @@ def _with_experts(piece: Piece, traced: int, candidate: Candidate) -> Piece:
     return replace(
         piece,
         expert_numel=experts,
+        trained_numel=(piece.trained_numel[0], int(piece.trained_numel[1] * ratio)),
         # Their gradients, in the weights' format, are the largest transient of a MoE layer.
-        transient_bytes=max(piece.transient_bytes + 2 * (experts - piece.expert_numel), 0),
+        transient_bytes=max(
+            piece.transient_bytes + 2 * int(piece.trained_numel[1] * (ratio - 1)), 0
+        ),
         forward_messages=tuple(map(moved, piece.forward_messages)),
         backward_messages=tuple(map(moved, piece.backward_messages)),
     )
@@ -214,15 +243,12 @@ def finish(model: Model, cluster: Cluster, guess: Estimate) -> Finalist:
     command = model.command(candidate)
     try:
         pieces = model.pieces(replace(candidate, pp=1, vpp=1))
+        prices = _prices(pieces.values(), candidate, cluster)
         exact = estimate(
-            candidate, pieces, model.layer_kinds, model.hidden_size,
+            candidate, prices, model.layer_kinds, model.hidden_size,
             muon_flops_per_weight(model), cluster,
         )  # fmt: skip
-        stages = stage_kinds(candidate, model.layer_kinds)
-        full = [*command, "--train-iters", "1"]
-        if load_preset(model.preset).value("lr") is None:
-            full += ["--lr", "1e-3"]  # Megatron wants one; no byte depends on it
-        built = build_stages(full, candidate.world_size, stages)
+        built = model.build(candidate)
     except ValueError as error:
         return Finalist(guess, tuple(command), (), str(error))
     return Finalist(exact, tuple(command), tuple(built))

@@ -14,24 +14,30 @@ from typing import Any
 
 from megatron_k2.layouts import propose_pipeline_layout
 
+_KEPT_HERE = "--no-fine-grained-activation-offloading"
+_RECOMPUTED = (
+    "--recompute-granularity", "selective", "--recompute-modules", "layernorm", "moe_act",
+    "mla_up_proj",
+)  # fmt: skip
+_COMPACT = (
+    *_RECOMPUTED, "moe_down_proj", "--k2-fp8-activations", "moe_up_proj_input", "swiglu_input",
+)  # fmt: skip
 MEMORY: dict[str, tuple[str, ...]] = {
-    "keep": ("--no-recompute", "--k2-fp8-activations"),
-    "recompute": (
-        "--recompute-granularity", "selective", "--recompute-modules", "layernorm", "moe_act",
-        "mla_up_proj", "--k2-fp8-activations",
-    ),
+    "keep": ("--no-recompute", "--k2-fp8-activations", _KEPT_HERE),
+    "recompute": (*_RECOMPUTED, "--k2-fp8-activations", _KEPT_HERE),
+    "compact": (*_COMPACT, _KEPT_HERE),
     "report": (
-        "--recompute-granularity", "selective", "--recompute-modules", "layernorm", "moe_act",
-        "mla_up_proj", "moe_down_proj", "--k2-fp8-activations", "moe_up_proj_input",
-        "swiglu_input",
+        *_COMPACT, "--fine-grained-activation-offloading", "--offload-modules", "attn_norm",
+        "qkv_linear", "core_attn", "attn_proj", "mlp_norm",
     ),
     "full": (
         "--recompute-granularity", "full", "--recompute-method", "uniform",
-        "--recompute-num-layers", "1", "--k2-fp8-activations",
+        "--recompute-num-layers", "1", "--k2-fp8-activations", _KEPT_HERE,
     ),
 }  # fmt: skip
-"""What happens to activations: all kept; the report's selective recomputation (section 2.4.3);
-with its FP8 storage; whole layers recomputed."""
+"""What happens to activations (the report's section 2.4.3): all kept; its selective recomputation;
+with its FP8 storage; and the rest offloaded to the host, as in the report; or instead of all that,
+whole layers recomputed."""
 
 OFFLOAD = ("none", "moments", "all")
 """Of ``--k2-optimizer-offload``."""

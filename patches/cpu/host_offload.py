@@ -15,7 +15,6 @@ import torch
 
 from megatron_k2.device import in_host_memory
 from megatron_k2.offload_arena import OffloadArena, offload_folder
-from megatron_k2.parallel import is_fake_world
 from megatron_k2.patches.patch import Patch
 
 _MODULE = "megatron.core.pipeline_parallel.fine_grained_activation_offload"
@@ -23,6 +22,8 @@ _FILE = "core/pipeline_parallel/fine_grained_activation_offload.py"
 
 
 def _pool_in_files(original: Any) -> Any:
+    from megatron_k2.parallel import is_fake_world  # imports Megatron
+
     class HostTensorPool(original):  # type: ignore[misc]
         """Upstream's pool over an arena, which reuses blocks whatever the shape."""
 
