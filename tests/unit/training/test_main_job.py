@@ -1,6 +1,7 @@
 """The main job end to end with the smallest preset: real text in, trained model and figures out."""
 
 import contextlib
+import io
 import json
 import os
 import random
@@ -14,12 +15,14 @@ from pathlib import Path
 import pytest
 
 from megatron_k2.data.documents import read_python_library
+from megatron_k2.training import from_text, stages
 from megatron_k2.training.from_text import main
 from megatron_k2.training.job import TRAIN_MODULE, Job, Settings
 from megatron_k2.training.launch import last_checkpoint, run_module
 
 TOOL = Path(__file__).resolve().parents[3] / "tools" / "pretrain_from_text.py"
 TEXT_BYTES = 230_000  # just above what the job asks for
+HELDOUT_BYTES = 8_000
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +38,6 @@ def text(tmp_path_factory) -> Path:
 
 def plan_after_a_probe(output: Path, text: Path) -> None:
     """Bring the output folder to where a run stands that was killed after its probe."""
-    from megatron_k2.training import from_text, stages
-
     job = Job(output, Settings(preset="k2-micro", seq_length=128))
     corpus = from_text.corpus_stage(job, text)
     from_text.tokens_stage(job, corpus, 512)
@@ -51,13 +52,23 @@ def plan_after_a_probe(output: Path, text: Path) -> None:
     stages.write_json(output / "plan.json", plan)
 
 
-def test_a_run_trains_reports_samples_and_is_finished_the_second_time(text, tmp_path, capfd):
-    output = tmp_path / "run"
-    plan_after_a_probe(output, text)
+@pytest.fixture(scope="module")
+def trained(text, tmp_path_factory) -> tuple[Path, list[str], str]:
+    """Return the output folder of a finished run, its arguments and what it printed."""
+    output = tmp_path_factory.mktemp("job") / "run"
     arguments = ["--input", str(text), "--output", str(output), "--k2-preset", "k2-micro"]
     arguments += ["--prompt", "def main("]
-    assert main(arguments) == 0
-    first = capfd.readouterr().out
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        # Of so little text no more than this is needed to see that the loss falls.
+        patch.setattr(from_text, "HELDOUT_BYTES", HELDOUT_BYTES)
+        plan_after_a_probe(output, text)
+        assert main(arguments) == 0
+    return output, arguments, printed.getvalue()
+
+
+def test_a_run_trains_reports_samples_and_is_finished_the_second_time(trained, capfd):
+    output, arguments, first = trained
     assert "[tokens]" in first and "done before" in first
     assert re.search(r"step 8/8  loss \d\.\d+  [\d,]+ tokens/s  max logit \d.*balance \d", first)
     assert "[sample] def main(" in first
@@ -76,6 +87,11 @@ def test_a_run_trains_reports_samples_and_is_finished_the_second_time(text, tmp_
     assert "all 8 steps are done" in second and "step 8/8" not in second
     assert second.splitlines()[-2] == first.splitlines()[-2]  # the summary
 
+
+@pytest.mark.evidence  # a torchrun of its own; the export has been compared with the checkpoint
+def test_training_from_the_export_begins_at_the_runs_last_heldout_loss(trained, tmp_path):
+    output, _, _ = trained
+    summary = json.loads((output / "summary.json").read_text())
     job = Job(output, Settings(preset="k2-micro", seq_length=128), vocab_size=512)
     from_export = [*job.probe_arguments(), "--k2-load-hf", str(job.exported)]  # changes no weight
     log = run_module(TRAIN_MODULE, from_export, tmp_path / "from_export.log", 2)
