@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_k2 import compat, device
+from megatron_k2.adapters import add_adapter_flags, check_adapter_args
 from megatron_k2.checkpoint.errors import ConversionRefused
 from megatron_k2.checkpoint.hf.arguments import arguments_from_config
 from megatron_k2.checkpoint.hf.folder import read_json
@@ -103,6 +104,7 @@ def add_k2_args(
     extend_recompute_help(parser)
     add_yarn_flags(group)
     add_optimizer_flags(parser)
+    add_adapter_flags(parser)
     if device.flag_value("--optimizer", argv) == MUONCLIP:
         parser.set_defaults(**MUONCLIP_DEFAULTS)
     parser.error = _refuse_arguments  # type: ignore[method-assign]
@@ -182,6 +184,7 @@ def validate_k2_args(args: argparse.Namespace) -> None:
     _validate_layers(args)
     _validate_experts(args)
     _validate_context(args)
+    _validate_adapters(args)
     _validate_muonclip(args)
     check_data_files(args)
     try:
@@ -329,6 +332,22 @@ def _validate_context(args: argparse.Namespace) -> None:
             f"and --context-parallel-size {size} it must be 1, because a packed row of several "
             "sequences is cut across them"
         )
+
+
+def _validate_adapters(args: argparse.Namespace) -> None:
+    """Check the flags of low-rank adapters, and say what they turn off."""
+    clips = args.optimizer == MUONCLIP and args.k2_qk_clip
+    try:
+        check_adapter_args(args)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if args.k2_lora_rank and tuple(args.spec or ()) != SPEC:
+        raise UsageError(
+            f"--k2-lora-rank {args.k2_lora_rank} needs --spec {' '.join(SPEC)} (a preset sets it), "
+            f"found {args.spec}"
+        )
+    if clips and not args.k2_qk_clip:
+        _tell("no QK-Clip: the weights that it would shrink are frozen under --k2-lora-rank")
 
 
 def _validate_muonclip(args: argparse.Namespace) -> None:

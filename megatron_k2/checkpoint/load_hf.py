@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+from megatron_k2.adapters import is_adapter
 from megatron_k2.checkpoint.errors import ConversionRefused
 from megatron_k2.checkpoint.hf.source import HFSource, open_source
 from megatron_k2.checkpoint.names import Region
@@ -88,7 +89,7 @@ def load_(chunk: Any, reader: TensorReader) -> int:
     own = {tensor.untyped_storage().data_ptr() for tensor in tensors}
     num_bytes = 0
     for part in nested_values(described):
-        if isinstance(part, ShardedTensor):
+        if isinstance(part, ShardedTensor) and not is_adapter(part.key):
             target = part.data
             assert target.untyped_storage().data_ptr() in own, f"{part.key} is a copy"
             _fill_(part, by_key.get(part.key, []), reader)
@@ -112,12 +113,20 @@ def _fill_(part: ShardedTensor, regions: list[Region], reader: TensorReader) -> 
     if part.key in _VOCABULARY:
         target.zero_()  # the rows that pad the vocabulary, as when a checkpoint is loaded
     for region in regions:
-        _copy_overlap_(target, tuple(part.global_offset), region, reader)
+        copy_overlap_(target, tuple(part.global_offset), region, reader)
 
 
-def _copy_overlap_(
-    target: Tensor, at: tuple[int, ...], region: Region, reader: TensorReader
-) -> None:
+class Rows(Protocol):
+    """What gives rows ``[first, last)`` of a tensor by its name, in a dtype BF16 or F32."""
+
+    def rows(self, name: str, first: int, last: int, dtype: str) -> Tensor:
+        """Return [last - first, columns]."""
+
+    def tensor(self, name: str, dtype: str) -> Tensor:
+        """Return a whole tensor in its own shape."""
+
+
+def copy_overlap_(target: Tensor, at: tuple[int, ...], region: Region, reader: Rows) -> None:
     """Copy the part of a region that lies in a rectangle of the global tensor.
 
     Args:

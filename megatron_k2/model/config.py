@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
+from megatron_k2.adapters import check_adapters, expand_targets, layers_present
 from megatron_k2.fp8.activation_store import check_names
 from megatron_k2.fp8.recipes import check_scope, scope_recipe
 from megatron_k2.fp8.scope import SCOPES, check_emulated
@@ -59,8 +60,23 @@ class K2TransformerConfig(MLATransformerConfig):
     """Without Transformer Engine: compute them in blockwise FP8 (fp8/operands.py). Set from ``fp8``
     and ``fp8_recipe``, which upstream's modules must not see where there is no FP8 of theirs."""
 
+    k2_lora_rank: int = 0
+    """Rank of low-rank adapters over a frozen base (lora.py); 0 for none."""
+
+    k2_lora_alpha: float | None = None
+    """Their output is multiplied by this over the rank; None for the rank."""
+
+    k2_lora_targets: list[str] | None = None
+    """Linear layers that have one, as ``adapters.expand_targets`` reads them; None for all."""
+
+    k2_lora_seed: int = 1234
+    """Of the adapters' start, which depends on nothing else but a weight's place in the model."""
+
     def __post_init__(self) -> None:
         """Check the K2 fields, then upstream's."""
+        check_adapters(self)
+        if self.k2_lora_rank:
+            self.k2_lora_targets = list(expand_targets(self.k2_lora_targets))
         if self.k2_fp8_scope not in SCOPES:
             raise ValueError(f"--k2-fp8-scope {self.k2_fp8_scope!r} is not one of {SCOPES}")
         if self.transformer_impl == "local":
@@ -78,6 +94,11 @@ class K2TransformerConfig(MLATransformerConfig):
                 f"{', '.join(CONTEXT_EXCHANGES)}"
             )
         super().__post_init__()
+        if self.k2_lora_rank and not layers_present(self) & set(self.k2_lora_targets or ()):
+            raise ValueError(
+                f"--k2-lora-targets {' '.join(self.k2_lora_targets or ())}: the model has none of "
+                "these layers"
+            )
         if self.k2_max_attention_logit and not self.k2_te_max_attention_logit:
             # The training loop logs ours; this field would ask Transformer Engine for its own.
             self.log_max_attention_logit = False

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_k2.fp8.operands import PLAIN, Operands
-from megatron_k2.model.grouped_gemm import plan_rows
+from megatron_k2.model.grouped_gemm import RowPlan, plan_rows
 from megatron_k2.model.grouped_linear import K2ColumnGroupedLinear, K2RowGroupedLinear
 from megatron_k2.model.grouped_mlp import grouped_swiglu_mlp
 from megatron_k2.model.permutation import TokenPermutation
@@ -28,9 +28,12 @@ class K2GroupedMLP(TEGroupedMLP):
 
     Attributes:
         operands: how the products see theirs; the layer sets it (``local_linear.py``).
+        fc1_class, fc2_class: of the two layers.
     """
 
     operands: Operands = PLAIN
+    fc1_class: type = K2ColumnGroupedLinear
+    fc2_class: type = K2RowGroupedLinear
 
     def __init__(
         self,
@@ -46,8 +49,8 @@ class K2GroupedMLP(TEGroupedMLP):
         """
         _check_supported(config)
         submodules = GroupedMLPSubmodules(
-            linear_fc1=K2ColumnGroupedLinear,  # type: ignore[arg-type]
-            linear_fc2=K2RowGroupedLinear,  # type: ignore[arg-type]
+            linear_fc1=self.fc1_class,
+            linear_fc2=self.fc2_class,
         )
         super().__init__(num_local_experts, config, submodules, pg_collection, name)
 
@@ -70,21 +73,28 @@ class K2GroupedMLP(TEGroupedMLP):
         Returns:
             [rows, hidden] (a partial sum over expert tensor parallelism), and no bias.
         """
-        fc1, fc2 = self.linear_fc1, self.linear_fc2
         plan = plan_rows(
             tokens_per_expert.tolist(), permuted_local_hidden_states, permutation,
             batched=self.operands.is_fp8,
         )  # fmt: skip
-        is_delayed = self.config.delay_wgrad_compute and fc1.weight.requires_grad
-        queues = (fc1.pending, fc2.pending) if is_delayed and fc2.weight.requires_grad else None
-        in_fp8 = frozenset(getattr(self.config, "k2_fp8_activations", None) or ())
         offloading = self._offloading(permuted_local_hidden_states)
         with offloading as x:
-            output = grouped_swiglu_mlp(
-                x, permuted_probs, fc1.weight, fc2.weight, plan, queues, in_fp8, self.operands,
-                self._stay,
-            )  # fmt: skip
+            output = self._mlp(x, permuted_probs, plan)
         return offloading.group_offload(output), None
+
+    def _mlp(self, x: Tensor, probs: Tensor, plan: RowPlan) -> Tensor:
+        """Return every row's output, see ``grouped_swiglu_mlp``."""
+        fc1, fc2 = self.linear_fc1, self.linear_fc2
+        is_delayed = self.config.delay_wgrad_compute and fc1.weight.requires_grad
+        queues = (fc1.pending, fc2.pending) if is_delayed and fc2.weight.requires_grad else None
+        return grouped_swiglu_mlp(
+            x, probs, fc1.weight, fc2.weight, plan, queues, self._in_fp8, self.operands, self._stay
+        )
+
+    @property
+    def _in_fp8(self) -> frozenset[str]:
+        """What the function keeps in FP8 for the backward pass."""
+        return frozenset(getattr(self.config, "k2_fp8_activations", None) or ())
 
     def _offloading(self, x: Tensor) -> off_interface:
         """Return the context in which what the function saves is offloaded, as one group.

@@ -185,7 +185,7 @@ class K2GroupedLinear(torch.nn.Module):
         if (metadata or {}).get("singleton_local_shards"):
             raise ValueError("singleton_local_shards: K2GroupedLinear stores experts in one tensor")
         key = f"{prefix}weight"
-        state: ShardedStateDict = {key: self._sharded_weight(key, tuple(sharded_offsets))}
+        state: ShardedStateDict = {key: self._sharded(key, self.weight, tuple(sharded_offsets))}
         count, ep_rank = self.num_local_experts, self.ep_group.rank()
         replica = (0, self.tp_group.rank(), self.expt_dp_group.rank())
         for index in range(count):
@@ -195,17 +195,27 @@ class K2GroupedLinear(torch.nn.Module):
             )
         return state
 
-    def _sharded_weight(self, key: str, offsets: Offsets) -> ShardedTensor | ShardedTensorFactory:
-        """Return the weight over (experts, out, in); with a stride, its parts one by one."""
-        replica = (0, 0, self.expt_dp_group.rank())
-        axis, stride = len(offsets), self.stride
+    def _sharded(
+        self, key: str, tensor: Tensor, offsets: Offsets, is_cut: bool = True
+    ) -> ShardedTensor | ShardedTensorFactory:
+        """Return a tensor over (experts, out, in); with a stride, its parts one by one.
+
+        Args:
+            key: in the checkpoint.
+            tensor: [local experts, rows, columns].
+            offsets: of the layer.
+            is_cut: as the weight over expert tensor parallelism; else whole on each of its ranks.
+        """
         tp_rank, tp_size = self.tp_group.rank(), self.tp_group.size()
+        replica = (0, 0 if is_cut else tp_rank, self.expt_dp_group.rank())
+        axis, stride = len(offsets), self.stride
         experts = (axis, self.ep_group.rank(), self.ep_group.size())
 
         def shard(key: str, tensor: Tensor, part: int, replica_id: Any) -> ShardedTensor:
             cut = (axis + self.partition_dim, tp_rank + part * tp_size, tp_size * stride)
+            places = (*offsets, experts, *([cut] if is_cut else []))
             return ShardedTensor.from_rank_offsets(
-                key, tensor, *offsets, experts, cut, replica_id=replica_id, prepend_axis_num=axis
+                key, tensor, *places, replica_id=replica_id, prepend_axis_num=axis
             )
 
         @torch.no_grad()
@@ -217,9 +227,9 @@ class K2GroupedLinear(torch.nn.Module):
         def join(parts: Iterable[Tensor]) -> Tensor:
             return torch.cat(list(parts), self.partition_dim)
 
-        if stride == 1:
-            return shard(key, self.weight, 0, replica)
-        return ShardedTensorFactory(key, self.weight, split, join, replica)
+        if stride == 1 or not is_cut:
+            return shard(key, tensor, 0, replica)
+        return ShardedTensorFactory(key, tensor, split, join, replica)
 
     def get_extra_state(self) -> None:
         """Keep the state dict of upstream's layers, which have an (empty) extra state."""

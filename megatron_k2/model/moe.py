@@ -23,6 +23,7 @@ from torch import Tensor
 from megatron_k2.device import is_on_host
 from megatron_k2.model.dispatcher import K2AlltoAllTokenDispatcher
 from megatron_k2.model.experts import K2GroupedMLP
+from megatron_k2.model.lora_experts import AdaptedGroupedMLP
 from megatron_k2.model.mlp import K2MLP, K2SharedExpertMLP
 from megatron_k2.model.router import K2TopKRouter
 from megatron_k2.model.te_experts import K2TEMLP, K2TEGroupedMLP, K2TESharedExpertMLP
@@ -102,7 +103,7 @@ def get_k2_moe_spec(config: TransformerConfig, use_transformer_engine: bool) -> 
     return partial(
         K2MoELayer,
         submodules=MoESubmodules(
-            experts=K2GroupedMLP,
+            experts=AdaptedGroupedMLP if getattr(config, "k2_lora_rank", 0) else K2GroupedMLP,
             shared_experts=partial(K2SharedExpertMLP, submodules=_local_mlp_submodules()),
             router=K2TopKRouter,
         ),

@@ -24,6 +24,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from megatron_k2 import compat
 from megatron_k2.model.core_attention import K2CoreAttention
 from megatron_k2.model.local_linear import K2TransformerLayer
+from megatron_k2.model.lora import AdaptedTransformerLayer, freeze_base
 from megatron_k2.model.mla import K2FusedMLASelfAttention, K2MLASelfAttention
 from megatron_k2.model.moe import get_k2_dense_mlp_spec, get_k2_moe_spec
 from megatron_k2.model.norm import K2RMSNorm
@@ -49,6 +50,10 @@ def get_k2_decoder_block_spec(
     Raises:
         ValueError: the configuration is not one of multi-latent attention.
     """
+    if getattr(model_config.transformer, "k2_lora_rank", 0):
+        hooks = model_config.pre_wrap_hooks
+        if freeze_base not in hooks:  # whoever builds the model asks here, and wraps it afterwards
+            hooks.append(freeze_base)
     return get_k2_layer_specs(model_config.transformer, vp_stage=vp_stage)
 
 
@@ -75,6 +80,8 @@ def get_k2_layer_specs(
             "transformer_engine"
         )
     use_te = config.transformer_impl == "transformer_engine"
+    if use_te and getattr(config, "k2_lora_rank", 0):
+        raise ValueError("--k2-lora-rank needs --transformer-impl local")
     if use_te and not compat.te_importable():
         compat.optional("transformer_engine").require()
     block = get_gpt_decoder_block_spec(
@@ -109,7 +116,9 @@ def _k2_layer(
     submodules.sharded_state_dict_keys_map = dict(_NORM_KEYS)
     if not _is_moe(stock):
         submodules.sharded_state_dict_keys_map |= _DENSE_NORM_KEYS
-    return ModuleSpec(module=K2TransformerLayer, params=layer.params, submodules=submodules)
+    has_adapters = getattr(config, "k2_lora_rank", 0)
+    module = AdaptedTransformerLayer if has_adapters else K2TransformerLayer
+    return ModuleSpec(module=module, params=layer.params, submodules=submodules)
 
 
 def _k2_mlp(stock: TransformerLayerSubmodules, config: MLATransformerConfig, use_te: bool) -> Any:

@@ -45,6 +45,8 @@ def refuse_unsupported(config: MuonClipConfig, model_chunks: Chunks) -> None:
     model_config = get_model_config(model_chunks[0])
     _refuse_layouts(model_config)
     if config.k2_qk_clip:
+        if getattr(model_config, "k2_lora_rank", 0):
+            raise ValueError("--k2-qk-clip shrinks weights that --k2-lora-rank freezes")
         _refuse_blind_clip(config, model_config)
         for chunk in model_chunks:
             refuse_unrecorded(chunk)

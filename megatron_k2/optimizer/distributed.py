@@ -148,7 +148,7 @@ def attach(
         telemetry_interval: steps between measurements, 0 for none.
         offload: what lies in host memory between steps.
     """
-    device = instance.buffers[0].buckets[0].grad_data.device
+    device = next(instance.model_chunks[0].parameters()).device
     exchange = Exchange(plan, member, ranks, group, *dtypes, device)
     owned = instance.model_param_group_index_map
     shards = [instance.shard_of(p) if p is not None and p in owned else None for p in parameters]

@@ -117,6 +117,12 @@ def kimi_rules(
         Rule("*norm.weight", "adamw", why="norm gain"),
         Rule("*.layer_norm_weight", "adamw", why="norm gain, fused into a linear"),
         Rule("*.bias", "adamw", why="bias"),
+        Rule("*.lora_A", "muon", why="adapter, down"),
+        Rule("*.linear_fc1.lora_B", "muon", GATE_AND_UP, "adapter, gate and up apart"),
+        Rule("*.linear_q_proj.lora_B", "muon", query, f"adapter of the query, {split}"),
+        Rule("*.linear_q_up_proj.lora_B", "muon", query, f"adapter of the query, {split}"),
+        Rule("*.linear_kv_up_proj.lora_B", "muon", key_value, f"adapter of key-value, {split}"),
+        Rule("*.lora_B", "muon", why="adapter, up"),
         Rule("*.linear_q_proj.weight", "muon", query, f"query projection, {split}"),
         Rule("*.linear_q_up_proj.weight", "muon", query, f"query up-projection, {split}"),
         Rule("*.linear_kv_up_proj.weight", "muon", key_value, f"key-value up-projection, {split}"),
@@ -145,7 +151,11 @@ def model_rules(config: Any, split: Split = "whole", split_qkv: bool = True) -> 
     rules = _attention_rules(config, split, split_qkv)
     if config.gated_linear_unit:
         return rules
-    return (Rule("*.linear_fc1.weight*", "muon", why="up projection, no gate"), *rules)
+    return (
+        Rule("*.linear_fc1.weight*", "muon", why="up projection, no gate"),
+        Rule("*.linear_fc1.lora_B", "muon", why="adapter, up"),
+        *rules,
+    )
 
 
 def _attention_rules(config: Any, split: Split, split_qkv: bool) -> tuple[Rule, ...]:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from megatron_k2.checkpoint import intact
 from megatron_k2.checkpoint.load_hf import LoadHF
+from megatron_k2.checkpoint.load_peft import LoadPeft
 from megatron_k2.inputs import UsageError, check_splits, require_data
 from megatron_k2.training.batch import context_mean, get_batch, needs_data
 from megatron_k2.training.command_line import run_as_command
@@ -276,6 +277,8 @@ def main() -> None:
     model_config = gpt_config_from_args(args)
     if args.k2_load_hf and not _has_checkpoint(args.load):
         model_config.post_wrap_hooks.append(LoadHF(Path(args.k2_load_hf)))
+    if args.k2_lora_load:
+        model_config.post_wrap_hooks.append(LoadPeft(Path(args.k2_lora_load), vars(args)))
     pretrain(
         pretrain_cfg_container_from_args(args, model_config),
         datasets_provider,

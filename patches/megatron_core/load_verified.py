@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_k2.checkpoint import load_check
+from megatron_k2.checkpoint import adapter_check, load_check
 from megatron_k2.patches.patch import Patch
 
 
@@ -22,16 +22,20 @@ def _replacement(original: Callable[..., Any]) -> Any:
         load_dir: str | None,
         args: argparse.Namespace,
         rank0: bool = False,
+        sharded_state_dict: dict[str, Any] | None = None,
         *rest: Any,
         **kwargs: Any,
     ) -> Any:
-        """Verify, load, and refuse an optimizer state that cannot be resharded."""
+        """Verify, load, and refuse a state that fits neither the layout nor the adapters."""
         level = getattr(args, "k2_verify_checkpoint", "full")
         if load_dir is not None and Path(load_dir).is_dir() and rank0:
             load_check.require_intact(load_dir, getattr(args, "ckpt_step", None), level)
-        loaded = original(load_dir, args, rank0, *rest, **kwargs)
+        if sharded_state_dict is not None:
+            adapter_check.drop_new_adapters_(sharded_state_dict, str(load_dir))
+        loaded = original(load_dir, args, rank0, sharded_state_dict, *rest, **kwargs)
         if rank0 and loaded[0] is not None:
             load_check.require_same_layout(loaded[0], args)
+            adapter_check.require_same_adapters(loaded[0], str(load_dir), bool(loaded[2]), args)
         return loaded
 
     return _load_base_checkpoint

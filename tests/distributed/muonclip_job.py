@@ -124,6 +124,8 @@ def build(run: Run, groups: Any, *, gloo: bool = True) -> tuple[list[Any], Any]:
 def fill_gradients(model: list[Any], step: int) -> None:
     """Write the step's whole gradients into this rank's main gradients."""
     for parameter, begin, key, shape, place in boxes(model):
+        if not parameter.requires_grad:
+            continue
         piece = whole_tensor(key, shape, step)[place]
         parameter.main_grad.view(-1)[begin : begin + piece.numel()] = piece.reshape(-1)
 

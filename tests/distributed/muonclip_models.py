@@ -65,7 +65,7 @@ def grouped_query_config(**fields: Any) -> TransformerConfig:
 
 
 def builder_of(model: str, **fields: Any) -> GPTModelBuilder:
-    """Return the builder of a model: ``k2``, ``prediction``, ``grouped`` or ``stock grouped``.
+    """Return a model's builder: ``k2``, ``prediction``, ``lora``, ``grouped``, ``stock grouped``.
 
     Args:
         model: which.
@@ -84,6 +84,8 @@ def builder_of(model: str, **fields: Any) -> GPTModelBuilder:
         )  # fmt: skip
     if model == "prediction":
         fields |= dict(mtp_num_layers=1)
+    if model == "lora":
+        fields |= dict(k2_lora_rank=4)
     config = preset_config("k2-micro", moe_enable_routing_replay=True, **fields)
     given = GPTModelConfig(
         transformer=config, transformer_layer_spec=get_k2_decoder_block_spec, **common

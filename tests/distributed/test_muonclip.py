@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.distributed.matrix import evidence_apart
+from tests.distributed.matrix import UNEVEN_PP4, evidence_apart
 from tests.distributed.matrix import layout_of as layout
 from tests.distributed.pool import JobFailed, Pool
 
@@ -42,7 +42,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 HEAVY = ("dp2", "dp8", "tp2", "tp2-dp2", "tp4", "ep2", "ep4", "pp2", "vpp2-ep2", "tp2-ep2-etp1-dp2")
 """In `make evidence`: others contain them."""
-MORE_LAYOUTS = {"one": (1, layout()), "tp2-etp4-dp2": (4, layout(tp=2, etp=4))}
+MORE_LAYOUTS = {
+    "one": (1, layout()),
+    "tp2-etp4-dp2": (4, layout(tp=2, etp=4)),
+    "uneven": (4, UNEVEN_PP4),
+}
 
 
 def merged(ranks: list[dict[str, Any]]) -> dict[str, np.ndarray]:

@@ -289,7 +289,8 @@ def named_parameters(model: list[Any]) -> Iterator[tuple[str, torch.nn.Parameter
 
 
 def _parameter_norms(model: list[Any]) -> dict[str, float]:
-    return {name: torch.norm(p.main_grad).item() for name, p in named_parameters(model)}
+    parameters = ((name, p) for name, p in named_parameters(model) if p.requires_grad)
+    return {name: torch.norm(p.main_grad).item() for name, p in parameters}
 
 
 def _digests(model: list[Any], attribute: str) -> dict[str, str]:
@@ -298,4 +299,5 @@ def _digests(model: list[Any], attribute: str) -> dict[str, str]:
             getattr(p, attribute).detach().float().contiguous().numpy().tobytes()
         ).hexdigest()
         for name, p in named_parameters(model)
+        if hasattr(p, attribute)  # a frozen weight has no gradient
     }

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "megatron_k2"
 # Room -> floor. A module may import rooms of lower floors, and its own room.
 FLOORS = {
+    "adapters": 1,
     "chat": 1,
     "compat": 1,
     "presets": 1,

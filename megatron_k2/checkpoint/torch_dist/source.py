@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from megatron_k2.checkpoint.errors import CorruptSourceError, refuse
+from megatron_k2.adapters import is_adapter
+from megatron_k2.checkpoint.errors import ConversionRefused, CorruptSourceError, refuse
 from megatron_k2.checkpoint.hf.model import ModelShape
 from megatron_k2.checkpoint.hf.safetensors_header import ITEM_BYTES
 from megatron_k2.checkpoint.names import Region, regions
@@ -170,6 +171,11 @@ def open_source(folder: TorchDistFolder, shape: ModelShape) -> MegatronSource:
             places[region.name] = (tensor, offset)
     skipped = [key for key in folder.tensors if key.startswith(_NO_WEIGHTS)]
     extra = [key for key in folder.tensors if key not in used and not key.startswith(_NO_WEIGHTS)]
+    if any(is_adapter(key) for key in extra):
+        raise ConversionRefused(
+            f"{folder.path}: holds adapters; `tools/lora.py export` writes them as PEFT's, and "
+            "`tools/lora.py merge` adds those to the Hugging Face folder of their base"
+        )
     problems += [f"{key}: nothing on Hugging Face's side takes it" for key in extra]
     refuse(problems, f"{folder.path} does not fit its configuration")
     num_bytes = sum(chunk.num_bytes for key in skipped for chunk in folder.tensors[key].chunks)

@@ -159,3 +159,17 @@ def test_unknown_matrices_and_wrong_shapes_are_refused_by_name():
         assign("a.b", (2, 2, 2, 2), [Rule("a.*", "muon")])
     with pytest.raises(ValueError, match="--k2-muon-split 'row' is not one of whole, part, head"):
         kimi_rules(1, 1, 1, "row")  # type: ignore[arg-type]
+
+
+def test_adapters_are_matrices_an_expert_each_and_gate_and_up_apart() -> None:
+    rules = kimi_rules(12, 8, 10, "head")
+    shapes = {
+        "mlp.experts.linear_fc1.lora_A": ((8, 4, 48), ((8, 4, 48),)),
+        "mlp.experts.linear_fc1.lora_B": ((8, 72, 4), ((8, 36, 4), (8, 36, 4))),
+        "mlp.experts.linear_fc2.lora_B": ((8, 48, 4), ((8, 48, 4),)),
+        "self_attention.linear_q_up_proj.lora_B": ((80, 4), ((4, 12, 4), (4, 8, 4))),
+        "self_attention.linear_kv_down_proj.lora_B": ((40, 4), ((1, 40, 4),)),
+    }
+    for name, (shape, matrices) in shapes.items():
+        found = assign(f"decoder.layers.0.{name}", shape, rules)
+        assert (found.rule.algorithm, found.matrices) == ("muon", matrices), name
