@@ -20,8 +20,6 @@ from megatron_k2.planning.trace import ShapeTrace
 from megatron_k2.planning.wire import Message
 
 KINDS = ("embedding", "dense", "moe", "head")
-_ATTENTION = {"bmm", "baddbmm"}
-"""Products of two activations: their backward pass has no gradient of weights."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +28,8 @@ class Product:
 
     flops: int
     bytes: int
-    name: str
-
-    @property
-    def has_weight(self) -> bool:
-        """Whether one operand is a weight."""
-        return self.name not in _ATTENTION
+    has_weight: bool
+    """Whether one operand is a weight, not another activation."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +41,7 @@ class Piece:
         dense_numel: weights outside the experts.
         expert_numel: weights of this rank's experts.
         trained_numel: of both, those with a gradient.
+        matrix_numel: of both, matrices of layers but the router's: what an FP8 release quantises.
         saved_bytes: kept on the GPU from the forward to the backward pass.
         offloaded_bytes: kept in host memory meanwhile.
         transient_bytes: most that lived beside what is saved, in either pass.
@@ -60,6 +55,7 @@ class Piece:
     dense_numel: int
     expert_numel: int
     trained_numel: tuple[int, int]
+    matrix_numel: tuple[int, int]
     saved_bytes: int
     offloaded_bytes: int
     transient_bytes: int
@@ -87,13 +83,16 @@ class _Reading:
         return cls(live, host, len(trace.products), len(trace.messages), peak)
 
 
-def trace_pieces(command: Sequence[str], world_size: int) -> dict[str, Piece]:
+def trace_pieces(
+    command: Sequence[str], world_size: int, *, backward: bool = True
+) -> dict[str, Piece]:
     """Run one microbatch of each piece.
 
     Args:
         command: arguments of a training command, its parallel sizes among them; pipeline sizes and
             the number of layers are replaced.
         world_size: of the run; any multiple of what the sizes need will do.
+        backward: run the backward pass too; without, nothing is kept for it, as in inference.
 
     Returns:
         the pieces by kind; a model without experts has no ``moe``, one without a dense layer no
@@ -104,7 +103,8 @@ def trace_pieces(command: Sequence[str], world_size: int) -> dict[str, Piece]:
     """
     with dry_rank(command, 0, world_size, with_optimizer=False) as (rank, trace):
         (model,) = rank.chunks
-        return _run(_unwrapped(model), rank.args, trace)
+        with torch.set_grad_enabled(backward):
+            return _run(_unwrapped(model), rank.args, trace)
 
 
 def _unwrapped(model: Any) -> Any:
@@ -133,23 +133,38 @@ def _run(model: Any, args: Any, trace: ShapeTrace) -> dict[str, Piece]:
 
     hooks = [one.register_forward_hook(border) for one in (model.embedding, *layers)]
     hooks += [layer.register_forward_pre_hook(again) for layer in layers]
+    hooks += _mark_attention(layers, trace)
     tokens = torch.zeros(args.micro_batch_size, args.seq_length, dtype=torch.int64)
     tokens = tokens[:, : tokens.shape[1] // args.context_parallel_size]
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     loss = model(tokens, positions, None, labels=tokens)
     ahead.append(_Reading.now(trace))
-    _forget_gradients(model)
-    loss.sum().backward()
-    back.append(_Reading.now(trace))
+    if torch.is_grad_enabled():
+        _forget_gradients(model)
+        loss.sum().backward()
+        back.append(_Reading.now(trace))
     for hook in hooks:
         hook.remove()
     back = [ahead[-1], *back]
+    # What needs no gradient has no border: its backward pass is empty.
+    back += [back[-1]] * (len(ahead) - len(back))
     owners = [[model.embedding], *([layer] for layer in layers), [model.decoder.final_layernorm]]
     owners[-1].append(model.output_layer)
     found = {}
     for at, kind in enumerate(kinds):
         found[kind] = _piece(kind, owners[at], ahead, back, at, trace)
     return found
+
+
+def _mark_attention(layers: Iterable[Any], trace: ShapeTrace) -> list[Any]:
+    """Tell the trace that core attention multiplies activations; return the hooks."""
+
+    def mark(of_weights: bool) -> Any:
+        return lambda *_: setattr(trace, "of_weights", of_weights)
+
+    inner = [layer.self_attention.core_attention for layer in layers]
+    ahead = [one.register_forward_pre_hook(mark(False)) for one in inner]
+    return ahead + [one.register_forward_hook(mark(True)) for one in inner]
 
 
 def _experts(layer: Any) -> bool:
@@ -163,7 +178,8 @@ def _forget_gradients(model: Any) -> None:
         parameter.grad = None
 
     for parameter in model.parameters():
-        parameter.register_post_accumulate_grad_hook(drop)
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(drop)
 
 
 def _piece(
@@ -178,18 +194,20 @@ def _piece(
     first, last = ahead[at], ahead[at + 1]
     turn = len(ahead) - 2 - at
     begin, end = back[turn], back[turn + 1]
-    parameters = [parameter for owner in owners for parameter in owner.parameters()]
-    sizes, trained = [0, 0], [0, 0]
-    for parameter in parameters:
+    sizes, trained, matrices = [0, 0], [0, 0], [0, 0]
+    for name, parameter in (named for owner in owners for named in owner.named_parameters()):
         is_expert = not getattr(parameter, "allreduce", True)
         sizes[is_expert] += parameter.numel()
         trained[is_expert] += parameter.numel() * parameter.requires_grad
+        if kind in ("dense", "moe") and parameter.dim() > 1 and "router" not in name:
+            matrices[is_expert] += parameter.numel()
     products = [Product(*one) for one in trace.products]
     return Piece(
         kind=kind,
         dense_numel=sizes[0],
         expert_numel=sizes[1],
         trained_numel=(trained[0], trained[1]),
+        matrix_numel=(matrices[0], matrices[1]),
         saved_bytes=last.live - first.live,
         offloaded_bytes=last.host - first.host,
         transient_bytes=max(last.peak - last.live, end.peak - begin.live, 0),

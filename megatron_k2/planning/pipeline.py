@@ -75,6 +75,10 @@ class Pass:
     microbatch: int
     start: float
     stop: float
+    messages: float = 0.0
+    """Seconds of its expert messages: within the box, or under the other box of its pair."""
+    overlapped: bool = False
+    """It runs together with the pass before or after it."""
 
 
 @dataclass(frozen=True)
@@ -229,14 +233,21 @@ def _run(
     else:
         first = ahead.forward + ahead.forward_messages
         second = back.backward + back.backward_messages
-    made, clock = [], start
+    made, clock, both = [], start, len(group) > 1
     if forward:
-        made.append(Pass(rank, "forward", forward[1], forward[2], clock, clock + first))
+        box = Pass(
+            rank, "forward", forward[1], forward[2], clock, clock + first,
+            ahead.forward_messages, both,
+        )  # fmt: skip
+        made.append(box)
         clock += first
     if backward:
         tail = back.weight
         stop = clock + second + (0.0 if schedule.delayed_weights else tail)
-        made.append(Pass(rank, "backward", backward[1], backward[2], clock, stop))
+        box = Pass(
+            rank, "backward", backward[1], backward[2], clock, stop, back.backward_messages, both
+        )
+        made.append(box)
         if schedule.delayed_weights and tail:
             made.append(Pass(rank, "weight", backward[1], backward[2], stop, stop + tail))
     return made

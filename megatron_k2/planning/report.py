@@ -1,20 +1,23 @@
-"""A plan as a table, as JSON and as a picture."""
+"""A plan as tables and as JSON; its picture is in ``picture.py``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from megatron_k2.planning.cluster import Cluster
 from megatron_k2.planning.estimate import Estimate, Memory
-from megatron_k2.planning.pipeline import Schedule, simulate
+from megatron_k2.planning.reinforcement import Cycle
 from megatron_k2.planning.search import Finalist
+from megatron_k2.planning.serving import Engine, Traffic
 
 GB = 1e9
-PICTURED_MICROBATCHES = 2
-"""Pipeline lengths shown in the picture's timeline."""
+
+
+def gigabytes(size: float) -> str:
+    """Return bytes in GB, in at least two digits."""
+    return f"{size / GB:.1f}" if size >= 10 * GB or not size else f"{size / GB:.2g}"
 
 
 def name_of(guess: Estimate) -> str:
@@ -34,9 +37,9 @@ def rows(finalists: Sequence[Finalist], cluster: Cluster) -> list[list[str]]:
         guess = one.estimate
         worst = max(guess.memory, key=lambda memory: memory.total)
         found.append([
-            name_of(guess), f"{one.peak_bytes / GB:.1f}", *_memory_cells(worst),
-            f"{guess.step_s:.2f}", f"{guess.mfu(cluster):.1%}", f"{guess.bubble:.1%}",
-            f"{guess.parts_s['newton_schulz']:.2f}", one.refusal or "built",
+            name_of(guess), gigabytes(one.peak_bytes), *_memory_cells(worst),
+            f"{guess.step_s:.3g}", f"{guess.mfu(cluster):.1%}", f"{guess.bubble:.1%}",
+            f"{guess.parts_s['newton_schulz']:.2g}", one.refusal or "built",
         ])  # fmt: skip
     return found
 
@@ -52,7 +55,53 @@ def _memory_cells(memory: Memory) -> list[str]:
         memory.parameters, memory.gradients, memory.optimizer, memory.activations,
         memory.transient, memory.host,
     )  # fmt: skip
-    return [f"{value / GB:.1f}" for value in values]
+    return [gigabytes(value) for value in values]
+
+
+ENGINE_HEADER = (
+    "GPUs", "TP", "DP", "EP", "weights GB", "cache GB", "cached tokens", "requests at once",
+    "tokens/s a request", "tokens/s a GPU", "prompt tokens/s a GPU", "answers/s a GPU",
+)  # fmt: skip
+
+
+def engine_rows(engines: Sequence[Engine], traffic: Traffic) -> list[list[str]]:
+    """Return the rows of a table of engines: one an instance; rates are upper bounds."""
+    return [
+        [
+            str(one.num_gpus), str(one.tp), str(one.replicas), str(one.ep),
+            gigabytes(one.weight_bytes), gigabytes(one.cached_tokens * one.token_bytes),
+            f"{one.cached_tokens:,}", f"{one.requests * one.replicas:,}",
+            f"{1 / one.decode_s:,.0f}", f"{one.decoded_per_s:,.0f}",
+            f"{one.prefilled_per_s * traffic.prompt:,.0f}",
+            f"{one.answers_per_s(traffic):.3g}",
+        ]
+        for one in engines
+    ]  # fmt: skip
+
+
+CYCLE_HEADER = (
+    "trainer GPUs", "engine GPUs", "rollouts s", "training s", "swap s", "sync s", "step s",
+    "ahead by one s", "host GB a GPU",
+)  # fmt: skip
+
+
+def cycle_row(one: Cycle) -> list[str]:
+    """Return the row of a step of reinforcement learning; seconds are lower bounds."""
+    seconds = (one.rollout_s, one.train_s, one.swap_s, one.sync_s, one.step_s, one.ahead_s)
+    engine_gpus = "the same" if one.colocated else str(one.engine_gpus)
+    host = f"{gigabytes(one.host_bytes)}{'' if one.fits else ' (too much)'}"
+    return [str(one.trainer_gpus), engine_gpus, *(f"{s:.3g}" for s in seconds), host]
+
+
+def engine_flags(one: Engine, traffic: Traffic) -> str:
+    """Return vLLM's flags for an instance (its documentation's; not run here)."""
+    flags = f"vllm serve MODEL --tensor-parallel-size {one.tp}"
+    if one.replicas > 1:
+        flags += f" --data-parallel-size {one.replicas}"
+    if one.ep > 1:
+        flags += " --enable-expert-parallel"
+    length = traffic.prompt + traffic.response
+    return f"{flags} --max-num-seqs {one.requests} --max-model-len {length}"
 
 
 def as_json(finalists: Sequence[Finalist], cluster: Cluster) -> dict[str, Any]:
@@ -78,54 +127,3 @@ def as_json(finalists: Sequence[Finalist], cluster: Cluster) -> dict[str, Any]:
             for one in finalists
         ],
     }
-
-
-def draw(finalist: Finalist, cluster: Cluster, path: Path) -> None:
-    """Draw memory by pipeline rank and the beginning of the pipeline's timeline.
-
-    Args:
-        finalist: what to draw.
-        cluster: its memory is the line on top.
-        path: .png, .svg or .pdf.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 8), layout="constrained")
-    above, below = figure.subplots(2, 1)
-    _draw_memory(above, finalist, cluster)
-    _draw_timeline(below, finalist.estimate)
-    figure.suptitle(f"{name_of(finalist.estimate)} on {cluster.num_gpus} {cluster.name}")
-    figure.savefig(path, dpi=120)
-
-
-def _draw_memory(axes: Any, finalist: Finalist, cluster: Cluster) -> None:
-    memory = finalist.estimate.memory
-    ranks, bottom = range(len(memory)), [0.0] * len(memory)
-    for name in ("parameters", "gradients", "optimizer", "activations", "transient"):
-        heights = [getattr(one, name) / GB for one in memory]
-        axes.bar(ranks, heights, bottom=bottom, label=name)
-        bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
-    axes.axhline(cluster.memory_bytes / GB, color="black", linewidth=1, label="GPU")
-    axes.set(xlabel="pipeline rank", ylabel="GB", xticks=list(ranks))
-    axes.legend(ncols=6, fontsize="small")
-
-
-_COLOURS = {"forward": "#4c78a8", "backward": "#f58518", "weight": "#72b7b2"}
-
-
-def _draw_timeline(axes: Any, guess: Estimate) -> None:
-    one = guess.candidate
-    number = min(one.num_microbatches, PICTURED_MICROBATCHES * one.pp)
-    schedule = Schedule(number, one.pp, one.vpp, one.overlaps_experts, one.overlaps_experts)
-    timeline = simulate(schedule, guess.chunk_times)
-    seen: set[str] = set()
-    for box in timeline.passes:
-        label = None if box.kind in seen else f"{box.kind} (light: later chunks)"
-        seen.add(box.kind)
-        axes.barh(
-            box.rank, box.stop - box.start, left=box.start, height=0.8, color=_COLOURS[box.kind],
-            alpha=1 - 0.6 * box.chunk / one.vpp, edgecolor="white", linewidth=0.2, label=label,
-        )  # fmt: skip
-    axes.set(xlabel="seconds, first microbatches", ylabel="pipeline rank")
-    axes.invert_yaxis()
-    axes.legend(ncols=3, fontsize="small")

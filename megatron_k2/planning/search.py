@@ -8,24 +8,22 @@ parallelism changes only who holds an expert, so that the search rescales it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_k2.planning.cluster import Cluster
-from megatron_k2.planning.estimate import Estimate, estimate, stage_kinds
-from megatron_k2.planning.finalist import BuiltStage, build_stages
-from megatron_k2.planning.pieces import Piece, trace_pieces
+from megatron_k2.planning.estimate import Estimate, estimate
+from megatron_k2.planning.finalist import BuiltStage
+from megatron_k2.planning.model import Model, Progress, traced_by
+from megatron_k2.planning.pieces import Piece
 from megatron_k2.planning.price import Prices, price
 from megatron_k2.planning.settings import Candidate
 from megatron_k2.planning.wire import Message
-from megatron_k2.planning.workers import Mapper
 from megatron_k2.presets import load_preset
 
 RESERVE_BYTES = 6e9
 """Left free on a GPU for CUDA's context, NCCL's buffers and fragments. A choice of ours."""
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -51,99 +49,16 @@ class Finalist:
             return self.estimate.peak_bytes
         most = 0.0
         for stage in self.built:
-            on_gpu = stage.state.parameters + stage.state.gradients + stage.state.buffers
-            moved = self.estimate.candidate.optimizer_offload
-            main = 0 if moved == "all" else stage.state.main_parameters
-            moments = 0 if moved != "none" else stage.state.moments
-            for rank in stage.stages:
-                one = self.estimate.memory[rank]
-                most = max(most, on_gpu + main + moments + one.activations + one.transient)
+            for one in (self.estimate.memory[rank] for rank in stage.stages):
+                most = max(most, self.state_bytes(stage) + one.activations + one.transient)
         return most
 
-
-class Model:
-    """A preset as the search sees it.
-
-    Args:
-        preset: its name.
-        flags: further flags of every command.
-        mapper: of ``workers``; by default everything happens in this process.
-    """
-
-    def __init__(self, preset: str, flags: Sequence[str] = (), mapper: Mapper = map) -> None:
-        self.preset, self.flags, self._map = preset, tuple(flags), mapper
-        value = load_preset(preset).value
-        self.num_layers = int(value("num_layers"))  # type: ignore[call-overload]
-        self.hidden_size = int(value("hidden_size"))  # type: ignore[call-overload]
-        self.shape: dict[str, Any] = {
-            name: int(value(name, 0))  # type: ignore[call-overload]
-            for name in ("num_layers", "num_attention_heads", "num_experts", "moe_ffn_hidden_size")
-        }
-        self.layer_kinds = _layer_kinds(str(value("moe_layer_freq", "1")), self.shape)
-        self._pieces: dict[tuple[Any, ...], dict[str, Piece]] = {}
-
-    def command(self, candidate: Candidate) -> list[str]:
-        """Return a candidate's whole command line but for data, tokenizer and length."""
-        return [
-            "--k2-preset", self.preset, *self.flags, *candidate.flags(self.num_layers),
-        ]  # fmt: skip
-
-    def pieces(self, candidate: Candidate) -> dict[str, Piece]:
-        """Return the traced pieces of a candidate's own sizes; the same trace serves its likes."""
-        self.trace([candidate])
-        return self._pieces[_traced_by(candidate)]
-
-    def trace(self, candidates: Iterable[Candidate], progress: Progress = lambda _: None) -> None:
-        """Trace the pieces of all candidates, each kind of candidate once."""
-        wanted = {_traced_by(one): one for one in candidates}
-        wanted = {key: one for key, one in wanted.items() if key not in self._pieces}
-        commands = [self._small_command(one) for one in wanted.values()]
-        ranks = [one.tp * one.cp * one.ep * one.etp for one in wanted.values()]
-        for at, pieces in enumerate(self._map(trace_pieces, commands, ranks)):
-            self._pieces[list(wanted)[at]] = pieces
-            progress(f"{at + 1} of {len(wanted)} settings traced")
-
-    def _small_command(self, candidate: Candidate) -> list[str]:
-        """Return a candidate's command for one layer of each kind."""
-        kinds = sorted(set(self.layer_kinds))
-        small = ["--num-layers", str(len(kinds)), "--global-batch-size", "1024"]
-        small += ["--train-iters", "1"]
-        if self.shape["num_experts"]:
-            freq = ",".join(str(int(kind == "moe")) for kind in kinds)
-            small += ["--moe-layer-freq", f"[{freq}]"]
-        return ["--k2-preset", self.preset, *self.flags, *candidate.model_flags(), *small]
-
-    def build(self, candidate: Candidate) -> list[BuiltStage]:
-        """Build each stage of a candidate that differs from the others.
-
-        Raises:
-            ValueError: Megatron or K2 refuse the command.
-        """
-        command = [*self.command(candidate), "--train-iters", "1"]
-        if load_preset(self.preset).value("lr") is None:
-            command += ["--lr", "1e-3"]  # Megatron wants one; no byte depends on it
-        stages = stage_kinds(candidate, self.layer_kinds)
-        return build_stages(command, candidate.world_size, stages, self._map)
-
-
-def _traced_by(candidate: Candidate) -> tuple[Any, ...]:
-    """Return all of a candidate that its pieces depend on."""
-    return (
-        candidate.tp, candidate.cp, candidate.ep, candidate.etp, candidate.memory,
-        candidate.fp8, candidate.micro_batch_size, candidate.seq_length,
-    )  # fmt: skip
-
-
-def _layer_kinds(frequency: str, shape: Mapping[str, Any]) -> list[str]:
-    """Return dense or moe for every layer (Megatron's ``--moe-layer-freq``)."""
-    from megatron.training.arguments import moe_freq_type
-
-    count = shape["num_layers"]
-    if not shape["num_experts"]:
-        return ["dense"] * count
-    parsed = moe_freq_type(frequency)
-    pattern = parsed if isinstance(parsed, list) else [int(i % parsed == 0) for i in range(count)]
-    return ["moe" if one else "dense" for one in pattern]
+    def state_bytes(self, stage: BuiltStage) -> float:
+        """Return what a rank of a built stage keeps on its GPU between steps."""
+        state, moved = stage.state, self.estimate.candidate.optimizer_offload
+        main = 0 if moved == "all" else state.main_parameters
+        moments = 0 if moved != "none" else state.moments
+        return state.parameters + state.gradients + state.buffers + main + moments
 
 
 def muon_flops_per_weight(model: Model) -> float:
@@ -178,7 +93,7 @@ def search(
     for at, one in enumerate(candidates):
         if at % 200 == 0:
             progress(f"{at} of {len(candidates)} layouts, {len(found)} fit")
-        key = _traced_by(one)
+        key = traced_by(one)
         if key not in priced:
             traces = model.pieces(replace(one, ep=traced, pp=1, vpp=1))
             pieces = (_with_experts(piece, traced, one) for piece in traces.values())

@@ -56,6 +56,7 @@ class Candidate:
         memory: of ``MEMORY``.
         optimizer_offload: of ``OFFLOAD``.
         fp8: experts compute in FP8 (blockwise).
+        overlap: expert messages may hide under another microbatch's products.
     """
 
     world_size: int
@@ -71,6 +72,7 @@ class Candidate:
     memory: str = "report"
     optimizer_offload: str = "none"
     fp8: bool = False
+    overlap: bool = True
 
     @property
     def dp(self) -> int:
@@ -90,7 +92,8 @@ class Candidate:
     @property
     def overlaps_experts(self) -> bool:
         """Whether expert messages hide under another microbatch's products."""
-        return self.ep > 1 and (self.pp == 1 or self.vpp > 1) and self.memory != "full"
+        possible = self.ep > 1 and (self.pp == 1 or self.vpp > 1) and self.memory != "full"
+        return possible and self.overlap
 
     def layout(self, num_layers: int) -> str:
         """Return the pipeline's layout string."""
@@ -139,6 +142,7 @@ def candidates(
     offload: Sequence[str] = OFFLOAD,
     fp8: Sequence[bool] = (False,),
     micro_batch_sizes: Sequence[int] = (1,),
+    overlap: bool = True,
 ) -> list[Candidate]:
     """Return every layout that can be, by sizes alone.
 
@@ -153,6 +157,7 @@ def candidates(
         offload: choices of ``OFFLOAD``.
         fp8: whether experts compute in FP8.
         micro_batch_sizes: sequences.
+        overlap: of ``Candidate``.
     """
     found: list[Candidate] = []
     heads, experts = shape["num_attention_heads"], shape["num_experts"]
@@ -171,7 +176,7 @@ def candidates(
                         continue
                     found.extend(
                         Candidate(world_size, tp, pp, vpp, ep, etp, cp, size, global_batch_size,
-                                  seq_length, kept, moved, eight)
+                                  seq_length, kept, moved, eight, overlap)
                         for kept in memory for moved in offload for eight in fp8
                     )  # fmt: skip
     return found

@@ -112,14 +112,16 @@ class ShapeTrace(WireLog):
         storages: what lives of all that was made here.
         host_storages: what lives in pinned host memory, where activations are offloaded to.
         flops: of matrix products since the beginning.
-        products: (flops, bytes read and written, name) of every product.
+        products: (flops, bytes read and written, ``of_weights``) of every product.
+        of_weights: whether what runs multiplies by weights; the caller keeps it true.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.storages, self.host_storages = LiveStorages(), LiveStorages()
         self.flops = 0
-        self.products: list[tuple[int, int, str]] = []
+        self.products: list[tuple[int, int, bool]] = []
+        self.of_weights = True
         self._names = _HostNames()
 
     def __enter__(self) -> ShapeTrace:
@@ -152,7 +154,7 @@ class ShapeTrace(WireLog):
         flops = int(count(*args, **kwargs, out_val=result))
         moved = sum(one.numel() * one.element_size() for one in _tensors((args, result)))
         self.flops += flops
-        self.products.append((flops, moved, func._overloadpacket.__name__))
+        self.products.append((flops, moved, self.of_weights))
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any], tensors: Sequence[Tensor]) -> Any:

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_k2.planning.command import main
-from megatron_k2.planning.estimate import stage_kinds
-from megatron_k2.planning.finalist import BuiltStage, build_stages
-from megatron_k2.planning.search import Model
+from megatron_k2.planning.finalist import BuiltStage
+from megatron_k2.planning.model import Model
 from megatron_k2.planning.settings import Candidate
 
 WEIGHTS = 1_026_408_209_408
@@ -20,8 +19,7 @@ def built(gpus: int) -> list[BuiltStage]:
     """Build every different stage of kimi-k2 at PP16 x EP16."""
     model = Model("kimi-k2")
     candidate = Candidate(gpus, pp=16, ep=16, global_batch_size=16384)
-    command = [*model.command(candidate), "--train-iters", "1"]
-    return build_stages(command, gpus, stage_kinds(candidate, model.layer_kinds))
+    return model.build(candidate)
 
 
 def test_kimi_k2_at_pp16_ep16_is_six_terabytes_and_under_thirty_gigabytes_a_gpu() -> None:
