@@ -36,7 +36,7 @@ from megatron_k2.planning.jobs import JOBS
 from megatron_k2.planning.model import Model
 from megatron_k2.planning.picture import draw
 from megatron_k2.planning.reinforcement import Cycle, cycle
-from megatron_k2.planning.search import RESERVE_BYTES, Finalist, finish, fits, search
+from megatron_k2.planning.search import RESERVE_BYTES, Finalist, exact_sizes, finish, fits, search
 from megatron_k2.planning.serving import Engine, Traffic, engines
 from megatron_k2.planning.settings import MEMORY, OFFLOAD, candidates
 from megatron_k2.planning.workers import Mapper, workers
@@ -220,20 +220,37 @@ def _finish(
 ) -> list[Finalist]:
     """Build the best that differ in more than memory settings; drop what does not fit after all."""
     done: list[Finalist] = []
-    seen = set()
+    seen: set[tuple[int, ...]] = set()
+    _progress("tracing the best with their own sizes")
+    model.trace(exact_sizes(one.candidate) for one in _different(found, top))
     for guess in found:
-        one = guess.candidate
-        if (one.tp, one.pp, one.ep, one.cp) in seen:
+        sizes = _sizes(guess)
+        if sizes in seen:
             continue
         _progress(f"building {report.name_of(guess)}")
         finalist = finish(model, cluster, guess)
         host = finalist.estimate.host_bytes
         if finalist.refusal or fits(finalist.peak_bytes, host, cluster, reserve):
-            seen.add((one.tp, one.pp, one.ep, one.cp))
+            seen.add(sizes)
             done.append(finalist)
         if len(done) == top:
             break
     return sorted(done, key=lambda each: (bool(each.refusal), each.estimate.step_s))
+
+
+def _different(found: Sequence[Estimate], top: int) -> list[Estimate]:
+    """Return the first of each kind of layout, ``top`` of them."""
+    first: dict[tuple[int, ...], Estimate] = {}
+    for guess in found:
+        first.setdefault(_sizes(guess), guess)
+        if len(first) == top:
+            break
+    return list(first.values())
+
+
+def _sizes(guess: Estimate) -> tuple[int, ...]:
+    one = guess.candidate
+    return one.tp, one.pp, one.ep, one.cp
 
 
 def _print(title: str, plan: Plan) -> None:

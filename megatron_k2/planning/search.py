@@ -152,12 +152,17 @@ def _with_experts(piece: Piece, traced: int, candidate: Candidate) -> Piece:
     )
 
 
+def exact_sizes(candidate: Candidate) -> Candidate:
+    """Return what is traced for a candidate's own sizes: a pipeline is a sum of pieces."""
+    return replace(candidate, pp=1, vpp=1)
+
+
 def finish(model: Model, cluster: Cluster, guess: Estimate) -> Finalist:
     """Trace a candidate's own pieces and build its stages."""
     candidate = guess.candidate
     command = model.command(candidate)
     try:
-        pieces = model.pieces(replace(candidate, pp=1, vpp=1))
+        pieces = model.pieces(exact_sizes(candidate))
         prices = _prices(pieces.values(), candidate, cluster)
         exact = estimate(
             candidate, prices, model.layer_kinds, model.hidden_size,

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from megatron_k2.device import in_host_memory
@@ -49,10 +50,17 @@ class _HostNames(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _tensors(values: Any) -> list[Tensor]:
-    if isinstance(values, Tensor):
-        return [values]
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+def _tensors(*values: Any) -> list[Tensor]:
+    """Return all tensors in nested lists, tuples and dictionaries."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += _tensors(*value)
+        elif isinstance(value, dict):
+            found += _tensors(*value.values())
+    return found
 
 
 class LiveStorages:
@@ -141,7 +149,7 @@ class ShapeTrace(WireLog):
         if func.namespace == "c10d":
             self.log(func, args)
             return _collective(func, args)
-        given = _tensors((args, kwargs))
+        given = _tensors(args, kwargs)
         result = _run(func, args, kwargs, given)
         (self.host_storages if in_host_memory.get() else self.storages).note(result, given)
         self._count(func, args, kwargs, result)
@@ -152,7 +160,7 @@ class ShapeTrace(WireLog):
         if count is None:
             return
         flops = int(count(*args, **kwargs, out_val=result))
-        moved = sum(one.numel() * one.element_size() for one in _tensors((args, result)))
+        moved = sum(one.numel() * one.element_size() for one in _tensors(args, result))
         self.flops += flops
         self.products.append((flops, moved, self.of_weights))
 
@@ -161,6 +169,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any], tensors: Sequence[Tensor]
     """Compute integers, shape floating-point tensors."""
     if not any(one.is_meta for one in tensors):
         return _run_on_host(func, args, kwargs, made=not tensors)
+    if func in _IN_PLACE and args[0].is_meta:
+        return args[0]
     if func is aten.topk.default:
         return _even_top_k(args[0], args[1])
     if func is aten._local_scalar_dense.default:
@@ -169,14 +179,60 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any], tensors: Sequence[Tensor]
         kwargs = {**kwargs, "device": META}
     if not all(one.is_meta for one in tensors):
         args, kwargs = tree_map_only(Tensor, _shape_of, (args, kwargs))
-    return tree_map_only(Tensor, _known, func(*args, **kwargs))
+    if not _makes_new(func):
+        return _map(_known, func(*args, **kwargs))
+    key = (func, _described(args), _described(kwargs))
+    made = _MADE.get(key)
+    if made is None:
+        result = _map(_known, func(*args, **kwargs))
+        if isinstance(result, Tensor) and result.is_meta:
+            _MADE[key] = (result.shape, result.stride(), result.dtype)
+        return result
+    return torch.empty_strided(made[0], made[1], dtype=made[2], device=META)
+
+
+_MADE: dict[Any, tuple[Any, Any, torch.dtype]] = {}
+"""What an operation made of such arguments before: torch's own shape functions are slow."""
+
+_IN_PLACE = {
+    aten.normal_.default, aten.uniform_.default, aten.zero_.default, aten.fill_.Scalar,
+    aten.copy_.default, aten.add_.Tensor, aten.sub_.Tensor, aten.mul_.Tensor, aten.div_.Tensor,
+    aten.addcmul_.default, aten.lerp_.Scalar,
+}  # fmt: skip
+"""Change numbers alone."""
+
+
+@cache
+def _makes_new(func: Any) -> bool:
+    """Return whether an operation makes new memory, of a shape that follows from its arguments."""
+    if func.namespace != "aten" or func is aten._unsafe_view.default:
+        return False
+    named = (*func._schema.arguments, *func._schema.returns)
+    return not any(one.alias_info for one in named)
+
+
+def _described(value: Any) -> Any:
+    """Return what a result's shape can depend on, hashable."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, list | tuple):
+        return tuple(_described(one) for one in value)
+    if isinstance(value, dict):
+        return tuple((name, _described(one)) for name, one in value.items())
+    return type(value), value
+
+
+def _map(function: Any, result: Any) -> Any:
+    return (
+        function(result) if isinstance(result, Tensor) else tree_map_only(Tensor, function, result)
+    )
 
 
 def _run_on_host(func: Any, args: Any, kwargs: dict[str, Any], *, made: bool) -> Any:
     """Run an operation on integers, or one that makes a tensor of nothing."""
     takes_device = any(one.name == "device" for one in func._schema.arguments)
     if not takes_device or (not made and kwargs.get("device") is None):
-        return tree_map_only(Tensor, _shaped, func(*args, **kwargs))
+        return _map(_shaped, func(*args, **kwargs))
     # Made on the meta device first: a large floating-point tensor never exists.
     shape = tree_map_only(Tensor, _shape_of, (args, {**kwargs, "device": META}))
     result = func(*shape[0], **shape[1])

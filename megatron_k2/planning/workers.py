@@ -12,6 +12,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import forkserver
 from typing import Any
 
 _IMPORTS = ["megatron_k2.planning.preloaded"]
@@ -38,6 +39,7 @@ def workers(count: int | None = None) -> Iterator[Mapper]:
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_IMPORTS)
+    forkserver.ensure_running()  # it imports while this process does
     with ProcessPoolExecutor(count, mp_context=context, initializer=_one_thread) as pool:
         yield pool.map
 
