@@ -99,7 +99,7 @@ def _read_jsonl(path: Path, max_bytes: int) -> Iterator[Document]:
                 ) from error
             if not isinstance(record, dict) or not isinstance(record.get("text"), str):
                 raise ValueError(f'{where} has no "text" field that holds a string')
-            yield Document(f"line {number}", _valid_unicode(record["text"]))
+            yield Document(f"line {number}", valid_unicode(record["text"]))
             read_bytes += len(line)
             if read_bytes >= max_bytes:
                 return
@@ -129,7 +129,7 @@ def _read_plain(path: Path, max_bytes: int) -> Iterator[Document]:
         yield Document(f"text up to line {number}", "".join(piece))
 
 
-def _valid_unicode(text: str) -> str:
+def valid_unicode(text: str) -> str:
     """Replace lone surrogates (legal in JSON, not in UTF-8) by U+FFFD."""
     try:
         text.encode("utf-8")

@@ -220,12 +220,12 @@ def build(args: Any) -> KimiMegatronTokenizer:
     return tokenizer
 
 
-def _byte_characters() -> list[str]:
+def byte_characters() -> list[str]:
     """Return a printable character for each byte, those of GPT-2's byte-level alphabet."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
-_CHARACTERS = _byte_characters()
+_CHARACTERS = byte_characters()
 _ROLE_NAMES = frozenset(ROLES.values())

@@ -20,14 +20,14 @@ SAMPLE_EVERY = 16  # a 1 kB document still has about 10 sampled shingles
 _PRIME = 0x100000001B3  # FNV's 64-bit prime
 
 
-def sketch(text: str) -> np.ndarray:
-    """Return the sampled shingle hashes of a text.
+def shingle_hashes(text: str) -> np.ndarray:
+    """Return a hash of every 8 words in a row.
 
     Args:
         text: any text; words are what `str.split` gives.
 
     Returns:
-        Sorted unique uint64 hashes [n], the same on every machine and in every process.
+        uint64 [words - 7], the same on every machine and in every process.
     """
     crcs = [zlib.crc32(word.encode("utf-8", "replace")) for word in text.split()]
     count = len(crcs) - SHINGLE_WORDS + 1
@@ -40,6 +40,12 @@ def sketch(text: str) -> np.ndarray:
     hashes ^= hashes >> np.uint64(29)  # mix, so that the low bits sample evenly
     hashes *= np.uint64(0xBF58476D1CE4E5B9)  # splitmix64's multiplier
     hashes ^= hashes >> np.uint64(32)
+    return hashes
+
+
+def sketch(text: str) -> np.ndarray:
+    """Return the sampled shingle hashes of a text: sorted, unique, uint64 [n]."""
+    hashes = shingle_hashes(text)
     return np.unique(hashes[hashes % np.uint64(SAMPLE_EVERY) == 0])
 
 

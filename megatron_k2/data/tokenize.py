@@ -7,7 +7,8 @@ matched in text, so a document that contains "</s>" cannot end itself. It is a s
 `--tokenizer-type SentencePieceTokenizer` model: the bytes written here are those of stock
 `tools/preprocess_data.py --append-eod`.
 
-Left out until the data issue: Kimi's own tiktoken model, resume inside one file, provenance.
+The main job's way, in one go; ``preprocess`` is the one for corpora: Kimi's tokenizer, resume,
+provenance, any number of workers.
 """
 
 from __future__ import annotations
@@ -34,18 +35,22 @@ def read_texts(jsonl: Path) -> Iterator[str]:
             yield json.loads(line)["text"]
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, sample_bytes: int = SAMPLE_BYTES
+) -> bytes:
     """Learn a tokenizer.
 
     Args:
-        texts: training documents only; the first 4 MB are learnt from, so give them shuffled.
+        texts: training documents only; the first ``sample_bytes`` are learnt from, so give them
+            shuffled.
         vocab_size: number of pieces, with 4 control, 1 line feed and 256 byte pieces in it. Texts
             of too few distinct words give as many as they can.
+        sample_bytes: of text, in characters.
 
     Returns:
         The serialised sentencepiece model, byte-identical for the same texts.
     """
-    sample = list(_sample_lines(texts))
+    sample = list(_sample_lines(texts, sample_bytes))
     try:
         return _train(sample, vocab_size)
     except RuntimeError as error:
@@ -84,8 +89,7 @@ def _train(lines: list[str], vocab_size: int) -> bytes:
     return model.getvalue()
 
 
-def _sample_lines(texts: Iterable[str]) -> Iterator[str]:
-    remaining = SAMPLE_BYTES
+def _sample_lines(texts: Iterable[str], remaining: int) -> Iterator[str]:
     for text in texts:
         for line in text.split("\n"):
             for start in range(0, len(line), LINE_CHARS):

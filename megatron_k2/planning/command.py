@@ -109,6 +109,10 @@ def _add_layout(group: Any) -> None:
     group.add_argument("--micro-batch-size", type=int, nargs="+", default=[1])
     for name in SIZES:
         group.add_argument(f"--{name}", type=int, nargs="+", help="only these sizes")
+    group.add_argument(
+        "--etp", type=int, nargs="+", default=[1],
+        help="ranks that share an expert: 1 (default) or tp; each size is traced",
+    )  # fmt: skip
     group.add_argument("--memory", nargs="+", choices=list(MEMORY), default=list(MEMORY))
     group.add_argument("--optimizer-offload", nargs="+", choices=OFFLOAD, default=list(OFFLOAD))
     group.add_argument("--fp8", action="store_true", help="experts in blockwise FP8")
@@ -200,7 +204,8 @@ def _plan_training(options: argparse.Namespace, model: Model, plan: Plan, reserv
         global_batch_size=options.global_batch_size or job.global_batch_size
         or int(value("global_batch_size", 1)),  # type: ignore[call-overload]
         node_gpus=cluster.node_gpus, memory=options.memory, offload=options.optimizer_offload,
-        fp8=(options.fp8,), micro_batch_sizes=options.micro_batch_size, overlap=job.overlap,
+        fp8=(options.fp8,), micro_batch_sizes=options.micro_batch_size,
+        expert_splits=options.etp, overlap=job.overlap,
     )  # fmt: skip
     for name in SIZES:
         if wanted := getattr(options, name):

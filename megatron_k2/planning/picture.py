@@ -54,7 +54,7 @@ def _draw_memory(axes: Any, finalist: Finalist, cluster: Cluster) -> None:
         bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
     host = [one.host / GB for one in memory]
     if any(host):
-        axes.plot(ranks, host, "k_", markersize=14, label="in host memory")
+        axes.plot(ranks, host, "ko", markersize=4, linestyle="none", label="in host memory")
     axes.axhline(cluster.memory_bytes / GB, color="black", linewidth=1, label="GPU")
     axes.set(xlabel="pipeline rank", ylabel="GB", xticks=list(ranks))
     axes.margins(y=0.2)
@@ -81,7 +81,7 @@ def _draw_timeline(axes: Any, timeline: Timeline, guess: Estimate) -> None:
     text = f"seconds, the first {len({box.microbatch for box in timeline.passes})} microbatches"
     axes.set(xlabel=text, ylabel="pipeline rank")
     axes.invert_yaxis()
-    axes.legend(ncols=3, fontsize="small", loc="lower right")
+    axes.legend(ncols=3, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
 
 def _draw_middle(axes: Any, timeline: Timeline, guess: Estimate) -> None:

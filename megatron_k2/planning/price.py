@@ -83,7 +83,8 @@ def price(piece: Piece, cluster: Cluster, *, fp8: bool = False) -> Price:
         ),
         saved_bytes=piece.saved_bytes,
         offloaded_bytes=piece.offloaded_bytes,
-        transient_bytes=piece.transient_bytes,
+        # Upstream leaves the last layer's tensors where they are and fetches the next ones ahead.
+        transient_bytes=piece.transient_bytes + piece.offloaded_bytes,
         times=_times(piece, cluster, fp8=fp8),
         flops=sum(one.flops for one in piece.forward),
         sent_bytes=_sent(piece),

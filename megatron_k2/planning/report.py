@@ -24,6 +24,8 @@ def name_of(guess: Estimate) -> str:
     """Return a candidate in one line."""
     one = guess.candidate
     sizes = [("TP", one.tp), ("PP", one.pp), ("VPP", one.vpp), ("EP", one.ep), ("CP", one.cp)]
+    if one.etp > 1 and one.ep > 1:
+        sizes.append(("ETP", one.etp))
     text = " ".join(f"{name}{size}" for name, size in sizes if size > 1)
     return f"{text or 'one rank'} DP{one.dp} {one.memory}" + (
         "" if one.optimizer_offload == "none" else f" offload-{one.optimizer_offload}"

@@ -142,6 +142,7 @@ def candidates(
     offload: Sequence[str] = OFFLOAD,
     fp8: Sequence[bool] = (False,),
     micro_batch_sizes: Sequence[int] = (1,),
+    expert_splits: Sequence[int] = (1,),
     overlap: bool = True,
 ) -> list[Candidate]:
     """Return every layout that can be, by sizes alone.
@@ -157,6 +158,7 @@ def candidates(
         offload: choices of ``OFFLOAD``.
         fp8: whether experts compute in FP8.
         micro_batch_sizes: sequences.
+        expert_splits: expert tensor parallel sizes; 1, or that of tensor parallelism.
         overlap: of ``Candidate``.
     """
     found: list[Candidate] = []
@@ -165,7 +167,7 @@ def candidates(
     for tp, pp, cp in _products(world_size, _powers(node_gpus), contexts):
         if heads % tp or pp > shape["num_layers"] or seq_length % (2 * cp * tp):
             continue
-        for ep, etp in _expert_sizes(world_size // pp, tp, experts, node_gpus):
+        for ep, etp in _expert_sizes(world_size // pp, tp, experts, node_gpus, expert_splits):
             for size in micro_batch_sizes:
                 dp = world_size // (tp * pp * cp)
                 if global_batch_size % (dp * size):
@@ -197,10 +199,14 @@ def _products(
     ]  # fmt: skip
 
 
-def _expert_sizes(ranks: int, tp: int, experts: int, node_gpus: int) -> list[tuple[int, int]]:
-    """Return (ep, etp) for the ranks of a stage; experts whole where they can be."""
+def _expert_sizes(
+    ranks: int, tp: int, experts: int, node_gpus: int, splits: Sequence[int]
+) -> list[tuple[int, int]]:
+    """Return (ep, etp) for the ranks of a stage."""
     if not experts:
         return [(1, tp)]
     sizes = [n for n in range(1, min(ranks, experts, 8 * node_gpus) + 1)
              if experts % n == 0 and ranks % n == 0]  # fmt: skip
-    return [(ep, 1) for ep in sizes]
+    return [
+        (ep, etp) for ep in sizes for etp in splits if ranks % (ep * etp) == 0 and etp in (1, tp)
+    ]

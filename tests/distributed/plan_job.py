@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from megatron_k2.model import router
 from megatron_k2.planning import rank as ranks
 from megatron_k2.planning.memory import state_bytes
 from megatron_k2.planning.trace import LiveStorages
@@ -26,6 +27,15 @@ class Count(WireLog):
     def __init__(self) -> None:
         super().__init__()
         self.storages = LiveStorages()
+
+    def __enter__(self) -> Count:
+        self._mask, router.topk_mask = router.topk_mask, mask_of_topk
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        router.topk_mask = self._mask
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -40,6 +50,12 @@ class Count(WireLog):
                 result, [t for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)]
             )
         return result
+
+
+def mask_of_topk(scores: torch.Tensor, topk: int) -> torch.Tensor:
+    """Return the mask as the router makes it on a GPU: from ``torch.topk``, which is caught."""
+    experts = torch.topk(scores, k=topk, dim=-1).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, experts, True)
 
 
 @contextlib.contextmanager

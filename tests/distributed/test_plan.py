@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 
+from megatron_k2.planning.cluster import load_cluster
 from megatron_k2.planning.dry_run import dry_rank
 from megatron_k2.planning.memory import state_bytes
+from megatron_k2.planning.model import Model
 from megatron_k2.planning.pipeline import ChunkTimes, Schedule, simulate
+from megatron_k2.planning.search import finish, search
+from megatron_k2.planning.settings import Candidate
 from megatron_k2.planning.trace import LiveStorages
 from megatron_k2.planning.wire import sent_bytes_by
 from tests.distributed.matrix import evidence_apart
@@ -37,6 +41,7 @@ OFFLOAD = [
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "DP2": (2, []),
     "TP2": (2, [*TP2, *ETP1]),
+    "TP2 x EP2 x ETP2": (4, [*TP2, *EP2]),
     "EP2": (2, EP2),
     "EP2, the report's memory": (2, [*EP2, *REPORT]),
     "EP2, activations offloaded": (2, [*EP2, *OFFLOAD]),
@@ -80,6 +85,35 @@ def test_planned_bytes_are_the_measured_ones(pool: Pool, name: str) -> None:
         assert found["state"] == wanted["state"]
         assert found["sent"] == wanted["sent"]
         assert found["peak"] == pytest.approx(wanted["peak"], rel=ACTIVATIONS)
+
+
+@pytest.mark.evidence
+@pytest.mark.parametrize("memory", ["keep", "compact", "report"])
+def test_a_sum_of_pieces_is_the_memory_of_a_whole_step(memory: str) -> None:
+    model = Model("k2-nano", ("--min-offloaded-tensor-size=1",))
+    candidate = Candidate(
+        4, pp=2, vpp=2, ep=2, global_batch_size=16, seq_length=512, memory=memory
+    )  # fmt: skip
+    (guess,), _ = search(model, load_cluster("h100", 4), [candidate])
+    finalist = finish(model, load_cluster("h100", 4), guess)
+    for rank in (0, 3):
+        peaks = []
+        with dry_rank([*finalist.command, "--train-iters=20", "--lr=1e-3"], rank, 4) as (
+            built,
+            trace,
+        ):
+            built.train_step()
+            trace.storages, step = LiveStorages(), built.optimizer.step
+
+            def note() -> Any:
+                peaks.append(trace.storages.peak_bytes)  # noqa: B023
+                return step()  # noqa: B023
+
+            built.optimizer.step = note
+            built.train_step()
+        there = finalist.estimate.memory[rank // 2]
+        print(memory, rank, peaks, there.activations, there.transient)
+        assert peaks[0] == pytest.approx(there.activations + there.transient, rel=0.10)
 
 
 @pytest.mark.evidence  # a matter of milliseconds: it wants two cores to itself

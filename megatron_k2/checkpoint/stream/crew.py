@@ -25,13 +25,18 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _PACKAGE_ROOT = Path(__file__).resolve().parents[3]
 
 
-def start(folder: Path) -> tuple[Connection, subprocess.Popen]:
-    """Start a worker that writes below ``folder``."""
+def start(folder: Path, module: str = __name__) -> tuple[Connection, subprocess.Popen]:
+    """Start a worker that writes below ``folder``.
+
+    Args:
+        folder: its first argument.
+        module: what it runs; it must begin with ``connect``.
+    """
     here, there = Pipe()
     paths = [str(_PACKAGE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", __name__, str(folder), str(there.fileno()), str(os.getpid())],
+        [sys.executable, "-m", module, str(folder), str(there.fileno()), str(os.getpid())],
         pass_fds=[there.fileno()],
         env=environment,
     )
@@ -65,12 +70,18 @@ def serve(folder: Path, pipe: Connection) -> None:
         pipe.close()
 
 
-def main(folder: str, descriptor: str, parent: str) -> None:
-    """Serve the process that started this one."""
+def connect(descriptor: str, parent: str) -> Connection | None:
+    """Return a worker's pipe to its parent, and die with it; None if it is dead already."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if os.getppid() == int(parent):
-        serve(Path(folder), Connection(int(descriptor)))
+    return Connection(int(descriptor)) if os.getppid() == int(parent) else None
+
+
+def main(folder: str, descriptor: str, parent: str) -> None:
+    """Serve the process that started this one."""
+    pipe = connect(descriptor, parent)
+    if pipe is not None:
+        serve(Path(folder), pipe)
 
 
 if __name__ == "__main__":

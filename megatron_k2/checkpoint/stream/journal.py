@@ -12,6 +12,7 @@ import json
 import os
 import zlib
 from pathlib import Path
+from typing import Any
 
 from megatron_k2.checkpoint.errors import ConversionRefused
 
@@ -28,6 +29,7 @@ class Journal:
     def __init__(self, folder: Path, fingerprint: str) -> None:
         self.path = folder / NAME
         self.done: dict[int, int] = {}  # unit to CRC-32 of its bytes
+        self.note: dict[str, Any] | None = None  # of the last unit that has one
         self._stream = open(self.path, "a+b")  # noqa: SIM115 - open as long as the conversion
         try:
             self._lock()
@@ -40,10 +42,12 @@ class Journal:
         if not kept:
             self._append({"plan": fingerprint})
 
-    def record(self, unit: int, crc32: int) -> None:
-        """Note a unit whose bytes are on the disk."""
-        self._append({"unit": unit, "crc32": crc32})
+    def record(self, unit: int, crc32: int, note: dict[str, Any] | None = None) -> None:
+        """Note a unit whose bytes are on the disk, and what the caller has to know to go on."""
+        value: dict[str, Any] = {"unit": unit, "crc32": crc32}
+        self._append(value if note is None else value | {"note": note})
         self.done[unit] = crc32
+        self.note = note or self.note
 
     def close(self) -> None:
         """Close it, and let another process have the folder."""
@@ -87,5 +91,6 @@ class Journal:
                 )
             if "unit" in value:
                 self.done[value["unit"]] = value["crc32"]
+                self.note = value.get("note") or self.note
             kept += len(line)
         return kept

@@ -1,0 +1,63 @@
+"""A sentencepiece model from the input of ``tools/preprocess_data.py``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from hashlib import blake2b
+from pathlib import Path
+
+from megatron_k2.data.preprocess.records import BlockReader, Options, flat
+from megatron_k2.data.preprocess.sources import Source
+from megatron_k2.data.tokenize import train_tokenizer
+
+_SHRINKAGE = 4
+"""Text packs to about a quarter; a wrong guess makes the sample less even, no more."""
+
+
+def train(
+    sources: Sequence[Source], options: Options, vocab_size: int, output: Path, sample_bytes: int
+) -> None:
+    """Learn a model and write it; the same input gives the same bytes.
+
+    Args:
+        sources: input files.
+        options: how to read them; all keys are learnt from.
+        vocab_size: number of pieces.
+        output: the model file, which must not exist.
+        sample_bytes: of text to learn from, documents chosen by their hash.
+
+    Raises:
+        ValueError: the file exists, the input is bad or too little for the vocabulary.
+    """
+    if output.exists():
+        raise ValueError(f"--output {output}: is there; remove it, or give another")
+    packed = sum(s.num_bytes for s in sources if s.compression or s.format == "parquet")
+    total = sum(s.num_bytes for s in sources) + (_SHRINKAGE - 1) * packed
+    share = min(1.0, sample_bytes / max(1, total))
+    try:
+        model = train_tokenizer(_texts(sources, options, share), vocab_size, sample_bytes)
+    except RuntimeError as error:
+        raise ValueError(f"--vocab-size {vocab_size}: {error}") from error
+    partial = output.with_name(output.name + ".partial")
+    partial.write_bytes(model)
+    os.replace(partial, output)
+    print(f"wrote {output}")
+
+
+def _texts(sources: Sequence[Source], options: Options, share: float) -> Iterator[str]:
+    """Yield the texts of a share of all documents."""
+    reader = BlockReader(options)
+    threshold = int(share * 2**64)
+    for source in sources:
+        reader.is_last = False
+        block = 0
+        while not reader.is_last:
+            for batch in reader.read(source, block):
+                for texts in batch.texts:
+                    for text in flat(texts)[0]:
+                        digest = blake2b(text.encode(), digest_size=8).digest()
+                        if int.from_bytes(digest) < threshold:
+                            yield text
+            block += 1
+    reader.close()
