@@ -22,6 +22,7 @@ INSTALL_REQUIRES = [
     "jinja2>=3.1.6,<4",
     # CRC-32 at memory speed, which the interpreter's zlib lacks, and the CRC of joined pieces.
     "zlib-ng>=1,<2",
+    "httpx>=0.28,<1",
 ]
 # tools/preprocess_data.py: what its input is packed in; a JSON parser five times as fast as the
 # interpreter's; a Rust encoder of tiktoken's and Hugging Face's vocabularies ten times as fast as
@@ -62,6 +63,8 @@ setup(
         "megatron_k2.presets": ["*.toml"],
         "megatron_k2.fp8": ["*.c"],
         "megatron_k2.planning": ["*.toml"],
+        "megatron_k2.data.rephrase": ["lexicon.toml", "prompts/*.toml"],
+        "megatron_k2.data.rephrase.planted": ["*.toml", "*.jsonl"],
     },
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,

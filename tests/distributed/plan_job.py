@@ -72,16 +72,38 @@ def real_rank(command: list[str]) -> Iterator[ranks.TrainingRank]:
         ranks.forget()
 
 
+def counted_step(rank: ranks.TrainingRank, count: Any) -> dict[str, int]:
+    """Run a step; return the most bytes alive in its passes and in all of it.
+
+    Args:
+        rank: built.
+        count: with ``storages``, in force.
+    """
+    storages, step = count.storages, rank.optimizer.step
+    found: dict[str, int] = {}
+
+    def noted() -> Any:
+        found["activations"] = storages.peak_bytes
+        return step()
+
+    rank.optimizer.step = noted
+    try:
+        rank.train_step()
+    finally:
+        rank.optimizer.step = step
+    return {**found, "peak": storages.peak_bytes}
+
+
 def measure(command: list[str]) -> dict[str, Any]:
     """Build this rank, run a step, return bytes held and sent."""
     with real_rank(command) as rank:
         rank.train_step()  # the first one makes what lasts
         with Count() as count:
-            rank.train_step()
+            most = counted_step(rank, count)
         return {
             "state": state_bytes(rank.chunks, rank.optimizer),
             "sent": sent_bytes_by(count.messages),
-            "peak": count.storages.peak_bytes,
+            **most,
         }
 
 

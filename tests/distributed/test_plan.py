@@ -17,6 +17,7 @@ from megatron_k2.planning.settings import Candidate
 from megatron_k2.planning.trace import LiveStorages
 from megatron_k2.planning.wire import sent_bytes_by
 from tests.distributed.matrix import evidence_apart
+from tests.distributed.plan_job import counted_step
 from tests.distributed.pool import Pool
 
 COMMAND = [
@@ -54,6 +55,8 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
 WIDE = set(LAYOUTS) - {"EP2, the report's memory"}
 KINDS = ("forward", "backward")
 ACTIVATIONS = 0.03  # the issue's bar
+PEAK = {"TP2 x EP2 x ETP2": 0.08}
+"""A real run holds what the optimizer sends until it has arrived, a plan does not."""
 
 
 def planned(command: list[str], rank: int, world_size: int) -> dict[str, Any]:
@@ -61,11 +64,11 @@ def planned(command: list[str], rank: int, world_size: int) -> dict[str, Any]:
     with dry_rank(command, rank, world_size, device="cpu") as (built, trace):
         built.train_step()
         before, trace.storages = len(trace.messages), LiveStorages()
-        built.train_step()
+        most = counted_step(built, trace)
         return {
             "state": state_bytes(built.chunks, built.optimizer),
             "sent": sent_bytes_by(trace.messages[before:]),
-            "peak": trace.storages.peak_bytes,
+            **most,
             "host": trace.host_storages.peak_bytes,
         }
 
@@ -80,11 +83,12 @@ def test_planned_bytes_are_the_measured_ones(pool: Pool, name: str) -> None:
     for rank in sorted({0, world_size - 1}):  # first and last stage; others are like them
         found = measured[rank]
         wanted = planned(command, rank, world_size)
-        print(name, rank, found["peak"], wanted["peak"], wanted["host"], wanted["state"])
+        print(name, rank, found, wanted["peak"], wanted["activations"], wanted["host"])
         assert bool(wanted["host"]) is ("offloaded" in name)
         assert found["state"] == wanted["state"]
         assert found["sent"] == wanted["sent"]
-        assert found["peak"] == pytest.approx(wanted["peak"], rel=ACTIVATIONS)
+        assert found["activations"] == pytest.approx(wanted["activations"], rel=ACTIVATIONS)
+        assert found["peak"] == pytest.approx(wanted["peak"], rel=PEAK.get(name, ACTIVATIONS))
 
 
 @pytest.mark.evidence
@@ -96,24 +100,15 @@ def test_a_sum_of_pieces_is_the_memory_of_a_whole_step(memory: str) -> None:
     )  # fmt: skip
     (guess,), _ = search(model, load_cluster("h100", 4), [candidate])
     finalist = finish(model, load_cluster("h100", 4), guess)
+    command = [*finalist.command, "--train-iters=20", "--lr=1e-3"]
     for rank in (0, 3):
-        peaks = []
-        with dry_rank([*finalist.command, "--train-iters=20", "--lr=1e-3"], rank, 4) as (
-            built,
-            trace,
-        ):
+        with dry_rank(command, rank, 4) as (built, trace):
             built.train_step()
-            trace.storages, step = LiveStorages(), built.optimizer.step
-
-            def note() -> Any:
-                peaks.append(trace.storages.peak_bytes)  # noqa: B023
-                return step()  # noqa: B023
-
-            built.optimizer.step = note
-            built.train_step()
+            trace.storages = LiveStorages()
+            peak = counted_step(built, trace)["activations"]
         there = finalist.estimate.memory[rank // 2]
-        print(memory, rank, peaks, there.activations, there.transient)
-        assert peaks[0] == pytest.approx(there.activations + there.transient, rel=0.10)
+        print(memory, rank, peak, there.activations, there.transient)
+        assert peak == pytest.approx(there.activations + there.transient, rel=0.10)
 
 
 @pytest.mark.evidence  # a matter of milliseconds: it wants two cores to itself

@@ -1,0 +1,269 @@
+"""Any OpenAI-compatible server (vLLM, SGLang, a hosted one), asynchronously.
+
+What can pass by itself (time-outs, lost connections, 408, 425, 429, 5xx, an unreadable body) is
+tried again with jitter, after `Retry-After` if the server names it. A request refused for good
+(400, 413, 422) fails its chunk; a wrong key, model or address stops the run, and so does a server
+that answers nobody. Every failed try is counted by kind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import itertools
+import math
+import os
+import random
+import ssl
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from megatron_k2.data.rephrase.chunks import estimate_tokens
+from megatron_k2.data.rephrase.gate import Budget, Gate
+from megatron_k2.data.rephrase.settings import Sampler
+
+PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529})
+REFUSED = frozenset({400, 413, 422})
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 60.0  # of exponential waiting with full jitter
+LONGEST_RETRY_AFTER_S = 600.0  # a server that asks for more is down
+RESERVED = 1.5  # times the estimate of a prompt's tokens is held back from the budget
+CONNECTIONS_A_POOL = 16  # a pool looks through all of its connections for every request
+MESSAGE_TOKENS = 8  # that chat templates put around a message, about
+
+
+class ChunkRefused(Exception):
+    """The server will never answer this request, or not while it answers others."""
+
+    def __init__(self, message: str, troubles: dict[str, int]) -> None:
+        super().__init__(message)
+        self.troubles = troubles
+
+
+class ServerGone(RuntimeError):
+    """No request gets an answer."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A model behind an address; `key` is sent and never stored."""
+
+    url: str
+    model: str
+    key: str = ""
+    timeout_s: float = 300.0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A model's answer, its tokens (estimated if the server counts none) and the failed tries."""
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    troubles: dict[str, int]
+
+
+class Client:
+    """Requests to one endpoint; several may share a gate and a budget."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        gate: Gate,
+        budget: Budget,
+        max_tries: int = 8,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self.endpoint, self.gate, self.budget = endpoint, gate, budget
+        self.max_tries = max_tries
+        self.troubles: Counter[str] = Counter()
+        self.stopped: Exception | None = None
+        self._num_answers = 0
+        headers = {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
+        # The gate bounds what is under way, so the pools need no bound of their own.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=gate.most)
+        context = ssl.create_default_context()
+        self._pools = [
+            httpx.AsyncClient(
+                base_url=endpoint.url.rstrip("/") + "/",
+                headers=headers,
+                timeout=httpx.Timeout(endpoint.timeout_s, connect=min(30.0, endpoint.timeout_s)),
+                limits=limits,
+                transport=transport,
+                verify=context,
+            )
+            for _ in range(math.ceil(gate.most / CONNECTIONS_A_POOL))
+        ]
+        self._next_pool = itertools.cycle(self._pools)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        for pool in self._pools:
+            await pool.aclose()
+
+    async def chat(self, messages: Sequence[dict[str, str]], sampler: Sampler, seed: int) -> Answer:
+        """Return the model's answer to messages.
+
+        Raises:
+            ChunkRefused: this request gets no answer.
+            BudgetSpent: a budget is spent.
+            ServerGone: no request gets an answer.
+            ValueError: wrong address, key or model.
+        """
+        body = {
+            "model": self.endpoint.model,
+            "messages": list(messages),
+            "temperature": sampler.temperature,
+            "top_p": sampler.top_p,
+            "max_tokens": sampler.max_tokens,
+            "seed": seed,
+            **self.endpoint.extra,
+        }
+        prompt = sum(estimate_tokens(m["content"]) + MESSAGE_TOKENS for m in messages)
+        value, troubles = await self._post("chat/completions", body, prompt, sampler.max_tokens)
+        choice = value["choices"][0]
+        text = choice["message"].get("content") or ""
+        used = value.get("usage") or {}
+        return Answer(
+            text,
+            choice.get("finish_reason") or "",
+            int(used.get("prompt_tokens") or prompt),
+            int(used.get("completion_tokens") or estimate_tokens(text)),
+            dict(sorted(troubles.items())),
+        )
+
+    async def embed(self, texts: list[str]) -> list[list[float]]:
+        """Return the vectors of texts, as `chat` raises."""
+        tokens = sum(map(estimate_tokens, texts))
+        body = {"model": self.endpoint.model, "input": texts}
+        value, _ = await self._post("embeddings", body, tokens, 0)
+        rows = sorted(value["data"], key=lambda row: row.get("index", 0))
+        return [row["embedding"] for row in rows]
+
+    async def _post(
+        self, path: str, body: dict[str, Any], prompt_tokens: int, most_tokens: int
+    ) -> tuple[dict[str, Any], Counter[str]]:
+        """Send a request until it is answered; return the answer and the failed tries."""
+        troubles: Counter[str] = Counter()
+        answers_before = self._num_answers
+        for attempt in range(self.max_tries):
+            try:
+                value, kind, wait_s = await self._try(path, body, prompt_tokens, most_tokens)
+            except ChunkRefused as error:
+                raise ChunkRefused(str(error), dict(troubles + Counter(error.troubles))) from None
+            if value is not None:
+                self._num_answers += 1
+                return value, troubles
+            troubles[kind] += 1
+            self.troubles[kind] += 1
+            if wait_s > LONGEST_RETRY_AFTER_S:
+                break
+            if attempt + 1 < self.max_tries:
+                most_s = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2**attempt)
+                await asyncio.sleep(wait_s + random.uniform(0, most_s))
+        failed = ", ".join(f"{count} x {kind}" for kind, count in sorted(troubles.items()))
+        if self._num_answers > answers_before:
+            raise ChunkRefused(failed, dict(troubles))
+        raise self._stop(
+            ServerGone(
+                f"{self.endpoint.url} gave no answer in {sum(troubles.values())} tries ({failed}); "
+                "run the same command again once it does"
+            )
+        )
+
+    async def _try(
+        self, path: str, body: dict[str, Any], prompt_tokens: int, most_tokens: int
+    ) -> tuple[dict[str, Any] | None, str, float]:
+        """Send a request once; return its answer, or None, why, and how long to wait."""
+        async with self.gate.passing() as epoch:
+            if self.stopped is not None:
+                raise self.stopped
+            reserved = int(RESERVED * prompt_tokens) + most_tokens
+            await self.budget.reserve(reserved)
+            spent = 0
+            try:
+                response = await next(self._next_pool).post(path, json=body)
+                wait_s = retry_after(response.headers.get("Retry-After"))
+                if response.status_code == 200:
+                    value = _readable(response, path)
+                    if value is None:
+                        return None, "unreadable", wait_s
+                    used = value.get("usage") or {}
+                    spent = int(used.get("total_tokens") or reserved)
+                    self.gate.answered()
+                    return value, "", 0.0
+            except httpx.TimeoutException:
+                return None, "timeout", 0.0
+            except httpx.TransportError as error:
+                return None, f"connection {type(error).__name__}", 0.0
+            finally:
+                await self.budget.settle(reserved, spent)
+            if response.status_code == 429:
+                self.gate.refused(epoch, min(wait_s, LONGEST_RETRY_AFTER_S))
+            if response.status_code not in PASSING:
+                raise self._refusal(response)
+            return None, f"status {response.status_code}", wait_s
+
+    def _refusal(self, response: httpx.Response) -> Exception:
+        said = " ".join(response.text.split())[:200]
+        if response.status_code in REFUSED:
+            kind = f"status {response.status_code}"
+            self.troubles[kind] += 1
+            return ChunkRefused(f"{kind}: {said}", {kind: 1})
+        flag = {401: "--api-key-env", 403: "--api-key-env", 404: "--server or --model"}
+        return self._stop(
+            ValueError(
+                f"{response.request.url}: status {response.status_code} {said}; check "
+                f"{flag.get(response.status_code, '--server')}"
+            )
+        )
+
+    def _stop(self, error: Exception) -> Exception:
+        """Keep what stops the run, so that nothing more is sent."""
+        self.stopped = self.stopped or error
+        return self.stopped
+
+
+def retry_after(value: str | None, now_s: float | None = None) -> float:
+    """Return the seconds that a Retry-After header asks for, 0 without one.
+
+    Args:
+        value: a number of seconds or a date.
+        now_s: of the clock; the system's if None.
+    """
+    if not value:
+        return 0.0
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        when = email.utils.parsedate_to_datetime(value).timestamp()
+    except (TypeError, ValueError):
+        return 0.0
+    return max(0.0, when - (time.time() if now_s is None else now_s))
+
+
+def key_from(name: str) -> str:
+    """Return the key that an environment variable holds, "" where there is none."""
+    return os.environ.get(name, "")
+
+
+def _readable(response: httpx.Response, path: str) -> dict[str, Any] | None:
+    """Return the body if it is what the interface promises."""
+    try:
+        value = response.json()
+        if path == "embeddings":
+            [row["embedding"] for row in value["data"]]
+        else:
+            value["choices"][0]["message"].get("content")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        return None
+    return value
