@@ -19,7 +19,7 @@ from megatron_k2 import compat, device
 from megatron_k2.adapters import add_adapter_flags, check_adapter_args
 from megatron_k2.checkpoint.errors import ConversionRefused
 from megatron_k2.checkpoint.hf.arguments import arguments_from_config
-from megatron_k2.checkpoint.hf.folder import read_json
+from megatron_k2.checkpoint.hf.folder import model_config, read_json
 from megatron_k2.checkpoint.hf.model import text_config
 from megatron_k2.flags import (
     MUONCLIP,
@@ -427,15 +427,9 @@ def _preset_defaults(preset: Preset) -> dict[str, Any]:
 
 
 def _model_of(flag: str, folder: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """Return the arguments that a folder's config.json gives, as defaults.
-
-    Beside a converted checkpoint it lies in ``release/hf``.
-    """
-    places = (Path(folder), Path(folder) / "hf", Path(folder) / "release" / "hf")
-    place = next((one for one in places if (one / "config.json").is_file()), places[0])
+    """Return the arguments that a folder's config.json gives, as defaults."""
     try:
-        config = read_json(place / "config.json")
-        found = arguments_from_config(config)
+        found = arguments_from_config(model_config(folder))
     except ConversionRefused as error:
         raise UsageError(f"{flag} {folder}: {error}") from error
     known = {action.dest for action in parser._actions}

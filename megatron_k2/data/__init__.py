@@ -1,7 +1,7 @@
-"""Text to tokens: documents, deduplication, tokenizer, Megatron's `.bin/.idx`, n-gram baselines.
+"""Text to tokens and blends: what the main job needs, and the tools of a large corpus.
 
-What the main job (`make pretrain`) needs, shaped so that blending, Kimi's own tokenizer and
-rephrasing can be added as further files. Nothing here imports torch except `tokenize.py`, which
-writes with upstream's IndexedDatasetBuilder, and `windows.py`, which reads with upstream's
-GPTDataset.
+`preprocess/`: documents to Megatron's `.bin/.idx`; `rephrase/`: verified rewritings; `blend/`: what
+each stage reads. The files beside them serve `make pretrain`: documents, deduplication, tokenizer,
+n-gram baselines; of these only `tokenize.py`, which writes with upstream's IndexedDatasetBuilder,
+and `windows.py`, which reads with upstream's GPTDataset, import torch.
 """

@@ -98,7 +98,10 @@ def load_cluster(kind: str, num_gpus: int, changes: Mapping[str, float] | None =
         path = Path(kind)
         if not path.is_file():
             raise ValueError(f"--cluster {kind!r}: allowed are {', '.join(tables)}, or a TOML file")
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        try:
+            tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"--cluster {kind}: not TOML: {error}") from error
         if len(tables) != 1:
             raise ValueError(f"--cluster {kind}: the file must hold one table, a kind of cluster")
         kind = next(iter(tables))
@@ -111,6 +114,7 @@ def load_cluster(kind: str, num_gpus: int, changes: Mapping[str, float] | None =
         raise ValueError(f"--cluster {kind}: {', '.join(sorted(missing))} missing")
     if unknown := set(values) - _FIELDS:
         raise ValueError(f"--cluster {kind}: {', '.join(sorted(unknown))} unknown")
+    values = {name: _number(kind, name, value) for name, value in values.items()}
     cluster = Cluster(name=kind, num_gpus=num_gpus, **values)  # type: ignore[arg-type]
     if unknown := set(changes or ()) - _FIELDS:
         raise ValueError(f"a cluster has no {', '.join(sorted(unknown))}: {', '.join(_FIELDS)}")
@@ -120,6 +124,12 @@ def load_cluster(kind: str, num_gpus: int, changes: Mapping[str, float] | None =
     if num_gpus < 1:
         raise ValueError(f"--gpus {num_gpus} must be at least 1")
     return cluster
+
+
+def _number(kind: str, name: str, value: object) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ValueError(f"--cluster {kind}: {name} must be a number, not {value!r}")
+    return int(value) if name == "node_gpus" else value
 
 
 def _built_in() -> dict[str, dict[str, dict[str, float]]]:

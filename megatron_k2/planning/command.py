@@ -23,26 +23,30 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from megatron_k2.planning import report
-from megatron_k2.planning.cluster import Cluster, list_clusters, load_cluster
+from megatron_k2.planning.cluster import Cluster, load_cluster
 from megatron_k2.planning.dry_run import silence
 from megatron_k2.planning.estimate import Estimate
+from megatron_k2.planning.flags import BATCH_PER_GPU, SIZES, check, parser
 from megatron_k2.planning.jobs import JOBS
 from megatron_k2.planning.model import Model
 from megatron_k2.planning.picture import draw
 from megatron_k2.planning.reinforcement import Cycle, cycle
-from megatron_k2.planning.search import RESERVE_BYTES, Finalist, exact_sizes, finish, fits, search
+from megatron_k2.planning.search import (
+    Finalist,
+    Found,
+    exact_sizes,
+    finish,
+    fits,
+    search,
+)
 from megatron_k2.planning.serving import Engine, Traffic, engines
-from megatron_k2.planning.settings import MEMORY, OFFLOAD, candidates
+from megatron_k2.planning.settings import candidates
 from megatron_k2.planning.workers import Mapper, workers
-from megatron_k2.presets import list_presets, load_preset
-
-SIZES = ("tp", "pp", "vpp", "ep", "cp")
 
 
 @dataclass
@@ -51,8 +55,8 @@ class Plan:
 
     Attributes:
         cluster: the trainer's, or the engine's where nothing is trained.
-        layouts: how many there are.
-        fitting: how many of them fit.
+        found: what the search found.
+        num_weights: of the model.
         finalists: the best, built.
         engines: instances, best first.
         traffic: what they are asked.
@@ -61,8 +65,8 @@ class Plan:
     """
 
     cluster: Cluster
-    layouts: int = 0
-    fitting: int = 0
+    found: Found | None = None
+    num_weights: int = 0
     finalists: list[Finalist] = field(default_factory=list)
     engines: list[Engine] = field(default_factory=list)
     traffic: Traffic | None = None
@@ -70,74 +74,13 @@ class Plan:
     seconds: float = 0.0
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
-    made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    made.add_argument("--k2-preset", required=True, metavar="NAME", help=", ".join(list_presets()))
-    jobs = "; ".join(f"{name}: {job.summary}" for name, job in JOBS.items())
-    made.add_argument("--job", choices=list(JOBS), default="pretrain", help=jobs)
-    made.add_argument("--gpus", type=int, required=True, help="GPUs in all")
-    made.add_argument(
-        "--cluster", default="h800", metavar="KIND|FILE",
-        help=f"{', '.join(list_clusters())}, or a TOML file of the form of planning/clusters.toml",
-    )  # fmt: skip
-    made.add_argument(
-        "--set", nargs="*", default=[], metavar="FIELD=NUMBER",
-        help="change the cluster: memory_bytes=96e9 network_bandwidth=25e9",
-    )  # fmt: skip
-    _add_layout(made.add_argument_group("training"))
-    _add_engine(made.add_argument_group("serving and reinforcement learning"))
-    made.add_argument(
-        "--reserve-gb", type=float, default=RESERVE_BYTES / 1e9,
-        help="left free on each GPU for CUDA, NCCL and fragments (%(default)s)",
-    )  # fmt: skip
-    made.add_argument("--top", type=int, default=3, help="how many to print (%(default)s)")
-    made.add_argument("--workers", type=int, help="processes; default: one a core")
-    made.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
-    made.add_argument(
-        "--picture", type=Path, metavar="FILE",
-        help="memory by stage and timeline of the best training layout",
-    )  # fmt: skip
-    return made
-
-
-def _add_layout(group: Any) -> None:
-    group.add_argument("--seq-length", type=int, help="tokens; default: the preset's")
-    group.add_argument("--global-batch-size", type=int, help="sequences; default: the job's")
-    group.add_argument("--micro-batch-size", type=int, nargs="+", default=[1])
-    for name in SIZES:
-        group.add_argument(f"--{name}", type=int, nargs="+", help="only these sizes")
-    group.add_argument(
-        "--etp", type=int, nargs="+", default=[1],
-        help="ranks that share an expert: 1 (default) or tp; each size is traced",
-    )  # fmt: skip
-    group.add_argument("--memory", nargs="+", choices=list(MEMORY), default=list(MEMORY))
-    group.add_argument("--optimizer-offload", nargs="+", choices=OFFLOAD, default=list(OFFLOAD))
-    group.add_argument("--fp8", action="store_true", help="experts in blockwise FP8")
-
-
-def _add_engine(group: Any) -> None:
-    group.add_argument("--prompt-length", type=int, default=2048, help="tokens (%(default)s)")
-    group.add_argument("--response-length", type=int, default=2048, help="tokens (%(default)s)")
-    group.add_argument("--engine-weights", choices=("fp8", "bf16"), default="fp8")
-    group.add_argument(
-        "--engine-gpus", type=int, metavar="N",
-        help="GPUs of the engines, beside --gpus of the trainer; default: they share --gpus",
-    )  # fmt: skip
-    group.add_argument(
-        "--slowest", type=float, default=0.0, metavar="TOKENS/S",
-        help="least speed of a request; slower instances are left out",
-    )  # fmt: skip
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Plan; return 0, 1 if nothing fits, 2 for a wrong argument."""
-    options = parser().parse_args(argv)
+    options = parser(__doc__ or "").parse_args(argv)
     job = JOBS[options.job]
     start = time.monotonic()
     try:
+        check(options)
         with silence(), workers(options.workers) as mapper:
             plan = _plan(options, mapper)
     except ValueError as error:
@@ -146,21 +89,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan.seconds = time.monotonic() - start
     gpus = f"{plan.cluster.num_gpus} {plan.cluster.name}"
     if job.trains and not plan.finalists:
-        print(f"plan: none of {plan.layouts} layouts fits {gpus}; see --help", file=sys.stderr)
+        print(_none_fits(plan, options.reserve_gb), file=sys.stderr)
         return 1
     if job.serves and not plan.engines:
+        cause = "is fast enough (--slowest)" if options.slowest else "fits with one request"
         print(
-            f"plan: no engine of {options.k2_preset} with {options.engine_weights} weights and one "
-            f"request fits {gpus} (--gpus, --engine-weights, --slowest)",
+            f"plan: no engine of {options.k2_preset} with {options.engine_weights} weights "
+            f"{cause} on {gpus} (--gpus, --engine-weights, --slowest)",
             file=sys.stderr,
         )
         return 1
-    _print(f"{options.k2_preset}, {options.job}, {gpus}", plan)
+    _print(f"{options.k2_preset}, {options.job}, {gpus}", options.job, plan)
     if options.json:
         options.json.write_text(json.dumps(_as_json(plan), indent=1) + "\n", encoding="utf-8")
     if options.picture and plan.finalists:
         draw(plan.finalists[0], plan.cluster, options.picture)
     return 0
+
+
+def _none_fits(plan: Plan, reserve_gb: float) -> str:
+    """Return what is missing, by the layout that misses least."""
+    assert plan.found is not None
+    cluster, nearest = plan.cluster, plan.found.nearest
+    text = f"plan: none of {plan.found.number} layouts fits {cluster.num_gpus} {cluster.name}"
+    if nearest is None:
+        return f"{text}: what was estimated to fit did not when it was built"
+    worst = max(nearest.memory, key=lambda one: one.total)
+    cells = ", ".join(
+        f"{name} {value}"
+        for name, value in zip(report.KINDS, report.memory_cells(worst), strict=True)
+    )
+    room = cluster.memory_bytes / report.GB - reserve_gb
+    host = cluster.host_bytes / cluster.node_gpus / report.GB
+    return (
+        f"{text}.\nThe nearest, {report.name_of(nearest)}, needs "
+        f"{report.gigabytes(nearest.peak_bytes)} GB of {room:.1f} on a GPU and "
+        f"{report.gigabytes(nearest.host_bytes)} GB of {host:.1f} on its host ({cells}).\n"
+        "Less: --memory host or full, --optimizer-offload all, larger --pp, --tp, --ep or --gpus"
+    )
 
 
 def _plan(options: argparse.Namespace, mapper: Mapper) -> Plan:
@@ -196,13 +162,13 @@ def _plan(options: argparse.Namespace, mapper: Mapper) -> Plan:
 
 def _plan_training(options: argparse.Namespace, model: Model, plan: Plan, reserve: float) -> None:
     """Search and build; fill the plan."""
-    value, job, cluster = load_preset(options.k2_preset).value, JOBS[options.job], plan.cluster
+    job, cluster = JOBS[options.job], plan.cluster
+    batch = options.global_batch_size or job.global_batch_size or model.value("global_batch_size")
     length = options.prompt_length + options.response_length if job.serves else None
     every = candidates(
         options.gpus, model.shape,
-        seq_length=options.seq_length or length or int(value("seq_length")),  # type: ignore[call-overload]
-        global_batch_size=options.global_batch_size or job.global_batch_size
-        or int(value("global_batch_size", 1)),  # type: ignore[call-overload]
+        seq_length=options.seq_length or length or int(model.value("seq_length", 4096)),
+        global_batch_size=int(batch or BATCH_PER_GPU * options.gpus),
         node_gpus=cluster.node_gpus, memory=options.memory, offload=options.optimizer_offload,
         fp8=(options.fp8,), micro_batch_sizes=options.micro_batch_size,
         expert_splits=options.etp, overlap=job.overlap,
@@ -212,24 +178,30 @@ def _plan_training(options: argparse.Namespace, model: Model, plan: Plan, reserv
             every = [one for one in every if getattr(one, name) in wanted]
     if not every:
         raise ValueError(
-            f"no layout divides --gpus {options.gpus}, the model and --global-batch-size; give "
-            "other sizes"
+            f"no layout divides --gpus {options.gpus}, the model and --global-batch-size "
+            f"{batch or BATCH_PER_GPU * options.gpus}; give other sizes"
         )
-    found, plan.layouts = search(model, cluster, every, reserve_bytes=reserve, progress=_progress)
-    plan.fitting = len(found)
-    plan.finalists = _finish(model, cluster, found, options.top, reserve)
+    plan.found = search(model, cluster, every, reserve_bytes=reserve, progress=_progress)
+    plan.num_weights = model.num_weights()
+    key = _all_sizes if options.similar else _sizes
+    plan.finalists = _finish(model, cluster, plan.found.fitting, options.top, reserve, key)
 
 
 def _finish(
-    model: Model, cluster: Cluster, found: Sequence[Estimate], top: int, reserve: float
+    model: Model,
+    cluster: Cluster,
+    found: Sequence[Estimate],
+    top: int,
+    reserve: float,
+    key: Callable[[Estimate], Any],
 ) -> list[Finalist]:
-    """Build the best that differ in more than memory settings; drop what does not fit after all."""
+    """Build the best of each ``key``; drop what does not fit after all."""
     done: list[Finalist] = []
-    seen: set[tuple[int, ...]] = set()
+    seen: set[Any] = set()
     _progress("tracing the best with their own sizes")
-    model.trace(exact_sizes(one.candidate) for one in _different(found, top))
+    model.trace(exact_sizes(one.candidate) for one in _different(found, top, key))
     for guess in found:
-        sizes = _sizes(guess)
+        sizes = key(guess)
         if sizes in seen:
             continue
         _progress(f"building {report.name_of(guess)}")
@@ -243,11 +215,13 @@ def _finish(
     return sorted(done, key=lambda each: (bool(each.refusal), each.estimate.step_s))
 
 
-def _different(found: Sequence[Estimate], top: int) -> list[Estimate]:
-    """Return the first of each kind of layout, ``top`` of them."""
-    first: dict[tuple[int, ...], Estimate] = {}
+def _different(
+    found: Sequence[Estimate], top: int, key: Callable[[Estimate], Any]
+) -> list[Estimate]:
+    """Return the first of each ``key``, ``top`` of them."""
+    first: dict[Any, Estimate] = {}
     for guess in found:
-        first.setdefault(_sizes(guess), guess)
+        first.setdefault(key(guess), guess)
         if len(first) == top:
             break
     return list(first.values())
@@ -258,16 +232,29 @@ def _sizes(guess: Estimate) -> tuple[int, ...]:
     return one.tp, one.pp, one.ep, one.cp
 
 
-def _print(title: str, plan: Plan) -> None:
+def _all_sizes(guess: Estimate) -> Any:
+    return guess.candidate
+
+
+def _print(title: str, job: str, plan: Plan) -> None:
     took = f"({plan.seconds:.0f} s)"
     if plan.finalists:
+        assert plan.found is not None
+        fitting, number = len(plan.found.fitting), plan.found.number
+        state = report.gigabytes(6 * plan.num_weights)
         _table(
-            f"{title}: {plan.fitting} of {plan.layouts} layouts fit {took}",
+            f"{title}: {fitting} of {number} layouts fit {took}\n"
+            f"{plan.num_weights:,} weights, {state} GB with gradients",
             report.HEADER, report.rows(plan.finalists, plan.cluster),
         )  # fmt: skip
+        _table("a step", report.SENT_HEADER, report.sent_rows(plan.finalists))
+        nodes = max(plan.cluster.num_gpus // plan.cluster.node_gpus, 1)
+        each = min(plan.cluster.num_gpus, plan.cluster.node_gpus)
         for one in plan.finalists:
             print(f"\n# {report.name_of(one.estimate)}")
-            print(f"torchrun ... -m megatron_k2.training.pretrain {shlex.join(one.command)}")
+            start = f"torchrun --nnodes {nodes} --nproc-per-node {each}"
+            print(f"{start} -m megatron_k2.training.pretrain {shlex.join(one.command)}")
+        print(f"\n# to add: {JOBS[job].missing}")
     if plan.engines:
         assert plan.traffic is not None
         head = f"{title}: engines, {plan.traffic.weights} weights, upper bounds {took}"

@@ -63,7 +63,9 @@ def dry_rank(
             devices.append("meta")
         try:
             with trace:
-                yield ranks.build(args, container, with_optimizer=with_optimizer), trace
+                with contextlib.redirect_stderr(io.StringIO()):
+                    rank_built = ranks.build(args, container, with_optimizer=with_optimizer)
+                yield rank_built, trace
         finally:
             ranks.forget()
             for scaler, scale in scales.items():
@@ -92,6 +94,7 @@ def load() -> None:
     """Import what a dry run needs, and register K2, with nothing printed."""
     with silence(), contextlib.redirect_stderr(io.StringIO()):
         register("cpu", [])
+        from megatron.core.tokenizers import text  # noqa: F401
         from megatron.training import initialize, training  # noqa: F401
 
 

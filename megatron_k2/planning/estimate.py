@@ -69,7 +69,8 @@ class Estimate:
         parts_s: of ``step_s``: the steady pipeline, its bubble, Newton-Schulz, exposed reductions,
             optimizer state from the host and back.
         model_flops: products of a step without recomputation, all GPUs.
-        bubble: share of the pipeline's time in which the average rank waits.
+        bubble: share of the pipeline's time that filling and draining it costs.
+        imbalance: share in which the average rank waits for the busiest.
         sent_bytes: what the busiest rank sends a step, by kind of traffic.
         chunk_times: [rank][chunk].
     """
@@ -80,6 +81,7 @@ class Estimate:
     parts_s: Mapping[str, float]
     model_flops: float
     bubble: float
+    imbalance: float
     sent_bytes: Mapping[str, float]
     chunk_times: tuple[tuple[ChunkTimes, ...], ...]
 
@@ -144,7 +146,7 @@ def estimate(
     saved = [[one.saved_bytes for one in stage] for stage in chunks]
     offloaded = [[one.offloaded_bytes for one in stage] for stage in chunks]
     pipeline = _pipeline if simulated else _closed_form
-    schedule, pipeline_s, bubble, flight = pipeline(candidate, times, saved, hidden_size, cluster)
+    schedule, pipeline_s, waiting, flight = pipeline(candidate, times, saved, hidden_size, cluster)
     weights = [sum((one.weights for one in stage), Weights()) for stage in chunks]
     memory = tuple(
         _memory(candidate, stage, weights[r], _held(flight[r], saved[r], offloaded[r]))
@@ -171,7 +173,8 @@ def estimate(
     replicas = candidate.dp * candidate.cp * candidate.tp
     return Estimate(
         candidate, memory, sum(parts.values()), parts,
-        3 * flops * candidate.num_microbatches * replicas, bubble, sent, times,
+        3 * flops * candidate.num_microbatches * replicas,
+        1 - steady / pipeline_s, waiting - (1 - steady / pipeline_s), sent, times,
     )  # fmt: skip
 
 

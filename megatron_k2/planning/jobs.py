@@ -23,6 +23,7 @@ class Job:
         serves: an engine generates, alone or beside a trainer.
         trains: a trainer is planned.
         overlap: expert messages may hide under another microbatch's products.
+        missing: what a run needs beside the printed flags.
     """
 
     summary: str
@@ -31,6 +32,11 @@ class Job:
     serves: bool = False
     trains: bool = True
     overlap: bool = True
+    missing: str = (
+        "data and tokenizer (--data-args-path, --tokenizer-type), --train-samples or "
+        "--train-iters, --lr where the preset has none, --load and --save; torchrun's --node-rank "
+        "and --master-addr"
+    )
 
 
 JOBS = {
@@ -40,6 +46,9 @@ JOBS = {
         "adapters of rank 16 over frozen weights, 256 packed sequences a step",
         (*FINE_TUNING, "--k2-lora-rank", "16", "--transformer-impl", "local"), 256, overlap=False,
     ),
-    "rl": Job("all weights, 256 answers a step, and an engine", FINE_TUNING, 256, serves=True),
+    "rl": Job(
+        "all weights, 256 answers a step, and an engine", FINE_TUNING, 256, serves=True,
+        missing="a runner: these are the flags of the trainer's model and layout",
+    ),
     "serve": Job("an engine alone", serves=True, trains=False),
 }  # fmt: skip

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
+from megatron_k2.checkpoint.errors import ConversionRefused
+from megatron_k2.checkpoint.hf.arguments import arguments_from_config
+from megatron_k2.checkpoint.hf.folder import model_config
 from megatron_k2.planning.estimate import stage_kinds
 from megatron_k2.planning.finalist import BuiltStage, build_stages
 from megatron_k2.planning.pieces import Piece, trace_pieces
@@ -18,6 +22,9 @@ from megatron_k2.planning.workers import Mapper
 from megatron_k2.presets import load_preset
 
 Progress = Callable[[str], None]
+
+FEW_TOKENS = 64
+"""Of a trace that is asked for what a GPU holds."""
 
 
 class Model:
@@ -31,18 +38,36 @@ class Model:
 
     def __init__(self, preset: str, flags: Sequence[str] = (), mapper: Mapper = map) -> None:
         self.preset, self.flags, self._map = preset, tuple(flags), mapper
-        value = load_preset(preset).value
-        self.num_layers = int(value("num_layers"))  # type: ignore[call-overload]
-        self.hidden_size = int(value("hidden_size"))  # type: ignore[call-overload]
+        self._values = preset_values(preset)
+        value = self.value
+        self.num_layers, self.hidden_size = int(value("num_layers")), int(value("hidden_size"))
         self.shape: dict[str, Any] = {
-            name: int(value(name, 0))  # type: ignore[call-overload]
+            name: int(value(name, 0) or 0)
             for name in ("num_layers", "num_attention_heads", "num_experts", "moe_ffn_hidden_size")
         }
-        self.layer_kinds = _layer_kinds(str(value("moe_layer_freq", "1")), self.shape)
-        self.kv_rank = int(value("kv_lora_rank", 0))  # type: ignore[call-overload]
-        rope = int(value("qk_pos_emb_head_dim", 0))  # type: ignore[call-overload]
+        self.kv_rank = int(value("kv_lora_rank", 0) or 0)
+        rope = int(value("qk_pos_emb_head_dim", 0) or 0)
         self.latent_dim = self.kv_rank + rope if value("multi_latent_attention") else 0
         self._pieces: dict[tuple[Any, ...], dict[str, Piece]] = {}
+
+    def value(self, name: str, default: Any = None) -> Any:
+        """Return one of Megatron's arguments as the preset sets it, or ``default``."""
+        return self._values.get(name, default)
+
+    @cached_property
+    def layer_kinds(self) -> list[str]:
+        """Return dense or moe for every layer."""
+        frequency = self.value("moe_layer_freq")
+        return _layer_kinds(1 if frequency is None else frequency, self.shape)
+
+    def num_weights(self) -> int:
+        """Return the weights of the model, each once."""
+        whole = Candidate(1, seq_length=FEW_TOKENS, memory="keep")
+        pieces = self.pieces(whole, backward=False)
+        return sum(
+            count * (pieces[kind].dense_numel + pieces[kind].expert_numel)
+            for kind, count in self.counts().items()
+        )
 
     def counts(self) -> dict[str, int]:
         """Return how many pieces of each kind the model has."""
@@ -99,10 +124,27 @@ class Model:
             ValueError: Megatron or K2 refuse the command.
         """
         command = [*self.command(candidate), "--train-iters", "1"]
-        if load_preset(self.preset).value("lr") is None:
+        if self.value("lr") is None:
             command += ["--lr", "1e-3"]  # Megatron wants one; no byte depends on it
         stages = stage_kinds(candidate, self.layer_kinds)
         return build_stages(command, candidate.world_size, stages, self._map)
+
+
+def preset_values(preset: str) -> dict[str, Any]:
+    """Return Megatron's arguments of a preset, or of a folder's config.json.
+
+    Raises:
+        ValueError: there is no such preset, or the file cannot be read.
+    """
+    if not Path(preset).is_dir():
+        try:
+            return {name: field.value for name, field in load_preset(preset).fields.items()}
+        except KeyError as error:
+            raise ValueError(f"--k2-preset: {error.args[0]}") from error
+    try:
+        return arguments_from_config(model_config(preset))
+    except ConversionRefused as error:
+        raise ValueError(f"--k2-preset {preset}: {error}") from error
 
 
 def traced_by(candidate: Candidate) -> tuple[Any, ...]:
@@ -113,13 +155,13 @@ def traced_by(candidate: Candidate) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _layer_kinds(frequency: str, shape: Mapping[str, Any]) -> list[str]:
+def _layer_kinds(frequency: Any, shape: Mapping[str, Any]) -> list[str]:
     """Return dense or moe for every layer (Megatron's ``--moe-layer-freq``)."""
     from megatron.training.arguments import moe_freq_type
 
     count = shape["num_layers"]
     if not shape["num_experts"]:
         return ["dense"] * count
-    parsed = moe_freq_type(frequency)
+    parsed = frequency if isinstance(frequency, list) else moe_freq_type(str(frequency))
     pattern = parsed if isinstance(parsed, list) else [int(i % parsed == 0) for i in range(count)]
     return ["moe" if one else "dense" for one in pattern]

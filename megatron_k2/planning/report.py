@@ -39,20 +39,44 @@ def rows(finalists: Sequence[Finalist], cluster: Cluster) -> list[list[str]]:
         guess = one.estimate
         worst = max(guess.memory, key=lambda memory: memory.total)
         found.append([
-            name_of(guess), gigabytes(one.peak_bytes), *_memory_cells(worst),
+            name_of(guess), gigabytes(one.peak_bytes), *memory_cells(worst),
             f"{guess.step_s:.3g}", f"{guess.mfu(cluster):.1%}", f"{guess.bubble:.1%}",
+            f"{max(guess.imbalance, 0):.1%}",
             f"{guess.parts_s['newton_schulz']:.2g}", one.refusal or "built",
         ])  # fmt: skip
     return found
 
 
+def sent_rows(finalists: Sequence[Finalist]) -> list[list[str]]:
+    """Return, for each layout, GB that its busiest rank sends a step and seconds of the parts."""
+    found = []
+    for one in finalists:
+        sent, parts = one.estimate.sent_bytes, one.estimate.parts_s
+        found.append(
+            [name_of(one.estimate), *(gigabytes(sent.get(name, 0.0)) for name in SENT)]
+            + [f"{parts[name]:.2g}" for name in PARTS]
+        )
+    return found
+
+
+SENT = ("experts", "tensor and context", "stages", "gradients and weights")
+PARTS = ("pipeline", "bubble", "newton_schulz", "reductions", "optimizer offload")
+SENT_HEADER = (
+    "layout", *(f"{name} GB sent" for name in SENT),
+    *(f"{name} s".replace("_", "-") for name in PARTS),
+)  # fmt: skip
+
 HEADER = (
     "layout", "GB a GPU", "weights", "gradients", "optimizer", "activations", "transient",
-    "host GB", "step s", "MFU at most", "bubble", "Newton-Schulz s", "Megatron",
+    "host GB", "step s", "MFU at most", "bubble", "imbalance", "Newton-Schulz s", "Megatron",
 )  # fmt: skip
 
 
-def _memory_cells(memory: Memory) -> list[str]:
+KINDS = ("weights", "gradients", "optimizer", "activations", "transient", "host")
+
+
+def memory_cells(memory: Memory) -> list[str]:
+    """Return GB by ``KINDS``."""
     values = (
         memory.parameters, memory.gradients, memory.optimizer, memory.activations,
         memory.transient, memory.host,
@@ -120,6 +144,7 @@ def as_json(finalists: Sequence[Finalist], cluster: Cluster) -> dict[str, Any]:
                 "parts_s": dict(one.estimate.parts_s),
                 "mfu_bound": one.estimate.mfu(cluster),
                 "bubble": one.estimate.bubble,
+                "imbalance": one.estimate.imbalance,
                 "sent_bytes": dict(one.estimate.sent_bytes),
                 "ranks": [
                     asdict(memory) | {"total": memory.total} for memory in one.estimate.memory

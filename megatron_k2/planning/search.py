@@ -20,7 +20,6 @@ from megatron_k2.planning.pieces import Piece
 from megatron_k2.planning.price import Prices, price
 from megatron_k2.planning.settings import Candidate
 from megatron_k2.planning.wire import Message
-from megatron_k2.presets import load_preset
 
 RESERVE_BYTES = 6e9
 """Left free on a GPU for CUDA's context, NCCL's buffers and fragments. A choice of ours."""
@@ -61,12 +60,26 @@ class Finalist:
         return state.parameters + state.gradients + state.buffers + main + moments
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a search found.
+
+    Attributes:
+        fitting: layouts that fit, fastest first.
+        number: of all layouts.
+        nearest: of those that do not fit, the one that needs least memory.
+    """
+
+    fitting: list[Estimate]
+    number: int
+    nearest: Estimate | None
+
+
 def muon_flops_per_weight(model: Model) -> float:
     """Return Newton-Schulz FLOPs of a weight: of an expert's matrix, which most weights are."""
     from megatron_k2.optimizer.config import MuonClipConfig
 
-    value = load_preset(model.preset).value
-    rows = int(value("moe_ffn_hidden_size", 0) or value("ffn_hidden_size"))  # type: ignore[call-overload]
+    rows = int(model.value("moe_ffn_hidden_size", 0) or model.value("ffn_hidden_size"))
     return MuonClipConfig().update_rule().flops(rows, model.hidden_size) / (
         rows * model.hidden_size
     )
@@ -79,14 +92,11 @@ def search(
     *,
     reserve_bytes: float = RESERVE_BYTES,
     progress: Progress = lambda _: None,
-) -> tuple[list[Estimate], int]:
-    """Estimate all candidates.
-
-    Returns:
-        those that fit, fastest first, and how many there were.
-    """
+) -> Found:
+    """Estimate all candidates."""
     candidates = list(candidates)
     found: list[Estimate] = []
+    nearest: tuple[float, Estimate] | None = None
     priced: dict[tuple[Any, ...], Prices] = {}
     work, traced = muon_flops_per_weight(model), _base(model.shape["num_experts"])
     model.trace((replace(one, ep=traced, pp=1, vpp=1) for one in candidates), progress)
@@ -103,7 +113,10 @@ def search(
         )
         if fits(guess.peak_bytes, guess.host_bytes, cluster, reserve_bytes):
             found.append(guess)
-    return sorted(found, key=lambda each: (each.step_s, each.peak_bytes)), len(candidates)
+        elif nearest is None or guess.peak_bytes + guess.host_bytes < nearest[0]:
+            nearest = (guess.peak_bytes + guess.host_bytes, guess)
+    found.sort(key=lambda each: (each.step_s, each.peak_bytes))
+    return Found(found, len(candidates), nearest[1] if nearest else None)
 
 
 def _prices(pieces: Iterable[Piece], candidate: Candidate, cluster: Cluster) -> Prices:

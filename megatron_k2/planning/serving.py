@@ -14,15 +14,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_k2.planning.cluster import Cluster
-from megatron_k2.planning.model import Model, Progress
+from megatron_k2.planning.model import FEW_TOKENS, Model, Progress
 from megatron_k2.planning.pieces import Piece
 from megatron_k2.planning.price import product_seconds
 from megatron_k2.planning.settings import Candidate
 
 BF16, FP8, SCALE, TILE = 2, 1, 4, 128 * 128
 """Bytes of a weight, of an FP8 weight, of the scale of a tile; weights of a tile."""
-FEW_TOKENS = 64
-"""Of the trace that says what a GPU holds; the batch is chosen after it."""
 MOST_REQUESTS = 4096
 """On one attention replica; more change no bound."""
 

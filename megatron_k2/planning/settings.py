@@ -30,14 +30,21 @@ MEMORY: dict[str, tuple[str, ...]] = {
         *_COMPACT, "--fine-grained-activation-offloading", "--offload-modules", "attn_norm",
         "qkv_linear", "core_attn", "attn_proj", "mlp_norm",
     ),
+    "host": (
+        *_COMPACT, "--fine-grained-activation-offloading", "--offload-modules", "attn_norm",
+        "qkv_linear", "core_attn", "attn_proj", "mlp_norm", "expert_fc1", "moe_act",
+    ),
     "full": (
         "--recompute-granularity", "full", "--recompute-method", "uniform",
         "--recompute-num-layers", "1", "--k2-fp8-activations", _KEPT_HERE,
     ),
 }  # fmt: skip
 """What happens to activations (the report's section 2.4.3): all kept; its selective recomputation;
-with its FP8 storage; and the rest offloaded to the host, as in the report; or instead of all that,
-whole layers recomputed."""
+with its FP8 storage; and the rest offloaded to the host, as in the preset kimi-k2; what is stored
+in FP8 offloaded too; or instead of all that, whole layers recomputed."""
+
+USUAL = ("keep", "compact", "report", "host", "full")
+"""Tried unless others are asked for."""
 
 OFFLOAD = ("none", "moments", "all")
 """Of ``--k2-optimizer-offload``."""

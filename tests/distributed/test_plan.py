@@ -98,7 +98,7 @@ def test_a_sum_of_pieces_is_the_memory_of_a_whole_step(memory: str) -> None:
     candidate = Candidate(
         4, pp=2, vpp=2, ep=2, global_batch_size=16, seq_length=512, memory=memory
     )  # fmt: skip
-    (guess,), _ = search(model, load_cluster("h100", 4), [candidate])
+    (guess,) = search(model, load_cluster("h100", 4), [candidate]).fitting
     finalist = finish(model, load_cluster("h100", 4), guess)
     command = [*finalist.command, "--train-iters=20", "--lr=1e-3"]
     for rank in (0, 3):

@@ -129,3 +129,14 @@ def _check_names(headers: tuple[Header, ...], weight_map: dict[str, str] | None)
         missing = sorted(set(found) - set(weight_map))
         problems += [f"{name}: in {found[name]}, but not in the index" for name in missing]
     refuse(problems, "headers and index do not agree")
+
+
+def model_config(folder: str | Path) -> dict[str, Any]:
+    """Return a folder's config.json; beside a converted checkpoint it lies in ``release/hf``.
+
+    Raises:
+        ConversionRefused: there is none, or it cannot be read.
+    """
+    places = (Path(folder), Path(folder) / "hf", Path(folder) / "release" / "hf")
+    place = next((one for one in places if (one / "config.json").is_file()), places[0])
+    return read_json(place / "config.json")

@@ -204,6 +204,8 @@ def answer(found: Findings, budget: float, sparsities: Sequence[float]) -> list[
         ahead = np.mean(sample.argmin(axis=1) == index) if len(sample) else math.nan
         loss = Interval(float(losses[index]), float(low), float(high))
         told.append(f"  sparsity {sparsity:4g}: {loss} bits/byte; best in {ahead:.0%} of resamples")
+    if np.ptp(losses) < 1e-4:
+        return [*told, "[ask] these sparsities cannot be told apart at this budget"]
     best = int(losses.argmin())
     behind = found.fitted.ends(losses - losses[best], sample - sample[:, best : best + 1])
     level = min(s for s, low in zip(wanted, behind[0], strict=True) if not low > 0)

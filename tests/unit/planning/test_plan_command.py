@@ -11,6 +11,7 @@ from megatron_k2.planning.command import main
 from megatron_k2.planning.finalist import BuiltStage
 from megatron_k2.planning.model import Model
 from megatron_k2.planning.settings import Candidate
+from megatron_k2.presets import hf_config, load_preset
 
 WEIGHTS = 1_026_408_209_408
 
@@ -51,7 +52,7 @@ def test_a_plan_is_printed_and_its_flags_are_in_the_json(tmp_path: Path, capsys)
     arguments += ["--pp", "2", "--ep", "2", "--vpp", "1", "--top", "1"]
     assert main([*arguments, "--json", str(file), "--picture", str(picture)]) == 0
     printed = capsys.readouterr().out
-    assert "k2-micro on 4 h100" in printed and "--pipeline-model-parallel-size 2" in printed
+    assert "k2-micro, pretrain, 4 h100" in printed and "--pipeline-model-parallel-size 2" in printed
     (layout,) = json.loads(file.read_text())["layouts"]
     assert layout["refusal"] == "" and layout["command"][:2] == ["--k2-preset", "k2-micro"]
     assert layout["peak_bytes"] == pytest.approx(max(r["total"] for r in layout["ranks"]), rel=0.05)
@@ -61,18 +62,55 @@ def test_a_plan_is_printed_and_its_flags_are_in_the_json(tmp_path: Path, capsys)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--gpus", "0"], "--gpus 0 must be at least 1"),
+        (["--gpus", "0"], "argument --gpus: 0 must be at least 1"),
+        (["--gpus", "8", "--micro-batch-size", "0"], "--micro-batch-size: 0 must be at least 1"),
+        (["--gpus", "8", "--engine-gpus", "4"], "--engine-gpus is for --job rl"),
+        (
+            ["--gpus", "8", "--json", "/nowhere/x.json"],
+            "x.json: there is no folder",
+        ),
+        (["--gpus", "8", "--job", "serve", "--picture", "x.png"], "--picture draws training"),
         (["--gpus", "8", "--cluster", "abacus"], "--cluster 'abacus'"),
         (["--gpus", "8", "--set", "memory_bytes=much"], "--set memory_bytes=much"),
         (["--gpus", "7", "--tp", "4"], "no layout divides --gpus 7"),
     ],
 )
 def test_a_wrong_argument_is_one_line(arguments: list[str], message: str, capsys) -> None:
-    assert main(["--k2-preset", "k2-micro", *arguments]) == 2
+    try:
+        status = main(["--k2-preset", "k2-micro", *arguments])
+    except SystemExit as error:  # argparse
+        status = int(error.code or 0)
+    assert status == 2
     assert message in capsys.readouterr().err
 
 
 def test_nothing_that_fits_is_said(capsys) -> None:
     arguments = ["--k2-preset", "k2-micro", "--gpus", "1", "--set", "memory_bytes=6e9"]
+    arguments += ["--workers", "1", "--optimizer-offload", "none"]
     assert main([*arguments, "--memory", "keep", "--global-batch-size", "1"]) == 1
-    assert "none of" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "none of" in said and "The nearest, one rank DP1 keep, needs" in said
+
+
+def test_a_folder_with_a_config_is_a_model(tmp_path: Path, capsys) -> None:
+    config = hf_config(load_preset("k2-micro")) | {"model_type": "deepseek_v3"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    arguments = ["--gpus", "1", "--memory", "keep", "--optimizer-offload", "none", "--workers", "1"]
+    arguments += ["--seq-length", "64"]
+    assert main(["--k2-preset", str(tmp_path), *arguments]) == 0
+    assert main(["--k2-preset", "k2-micro", *arguments]) == 0
+    weights = [line for line in capsys.readouterr().out.splitlines() if " weights, " in line]
+    assert len(weights) == 2 and weights[0].strip() == weights[1].strip()
+
+
+def test_a_cluster_file_is_checked_by_name(tmp_path: Path, capsys) -> None:
+    file = tmp_path / "mine.toml"
+    built_in = Path("megatron_k2/planning/clusters.toml").read_text().split("[h800]")[0]
+    for old, new, message in (
+        ("[h100]", "[h100", "not TOML"),
+        ("{ value = 80e9,", '{ value = "much",', "memory_bytes must be a number"),
+    ):
+        file.write_text(built_in.replace(old, new))
+        assert main(["--k2-preset", "k2-micro", "--gpus", "1", "--cluster", str(file)]) == 2
+        said = capsys.readouterr().err
+        assert "--cluster" in said and message in said
