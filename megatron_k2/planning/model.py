@@ -49,6 +49,8 @@ class Model:
         rope = int(value("qk_pos_emb_head_dim", 0) or 0)
         self.latent_dim = self.kv_rank + rope if value("multi_latent_attention") else 0
         self._pieces: dict[tuple[Any, ...], dict[str, Piece]] = {}
+        if self.shape["num_experts"] and "moe_token_dispatcher_type" not in self._values:
+            self.flags += ("--moe-token-dispatcher-type", "alltoall")  # a config.json has none
 
     def value(self, name: str, default: Any = None) -> Any:
         """Return one of Megatron's arguments as the preset sets it, or ``default``."""
