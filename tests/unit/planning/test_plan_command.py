@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from functools import cache
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from megatron_k2.presets import hf_config, load_preset
 WEIGHTS = 1_026_408_209_408
 
 
+@cache
 def built(gpus: int) -> list[BuiltStage]:
     """Build every different stage of kimi-k2 at PP16 x EP16."""
     model = Model("kimi-k2")
@@ -49,7 +52,7 @@ def test_a_plan_is_printed_and_its_flags_are_in_the_json(tmp_path: Path, capsys)
     file, picture = tmp_path / "plan.json", tmp_path / "plan.png"
     arguments = ["--k2-preset", "k2-micro", "--gpus", "4", "--cluster", "h100", "--tp", "1"]
     arguments += ["--memory", "keep", "--optimizer-offload", "none", "--global-batch-size", "16"]
-    arguments += ["--pp", "2", "--ep", "2", "--vpp", "1", "--top", "1"]
+    arguments += ["--pp", "2", "--ep", "2", "--vpp", "1", "--top", "1", "--workers", "2"]
     assert main([*arguments, "--json", str(file), "--picture", str(picture)]) == 0
     printed = capsys.readouterr().out
     assert "k2-micro, pretrain, 4 h100" in printed and "--pipeline-model-parallel-size 2" in printed
@@ -105,7 +108,8 @@ def test_a_folder_with_a_config_is_a_model(tmp_path: Path, capsys) -> None:
 
 def test_a_cluster_file_is_checked_by_name(tmp_path: Path, capsys) -> None:
     file = tmp_path / "mine.toml"
-    built_in = Path("megatron_k2/planning/clusters.toml").read_text().split("[h800]")[0]
+    text = resources.files("megatron_k2.planning").joinpath("clusters.toml").read_text()
+    built_in = text.split("[h800]")[0]
     for old, new, message in (
         ("[h100]", "[h100", "not TOML"),
         ("{ value = 80e9,", '{ value = "much",', "memory_bytes must be a number"),
