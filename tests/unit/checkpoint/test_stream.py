@@ -167,13 +167,15 @@ def test_shard_that_got_shorter_since_the_plan_is_named(source: Path, tmp_path: 
     assert not (tmp_path / "release").exists()
 
 
-def test_target_that_exists_is_refused(source: Path, tmp_path: Path) -> None:
+def test_target_that_exists_is_refused(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     there(source, tmp_path / "m")
     with pytest.raises(ConversionRefused, match="holds a checkpoint already"):
         there(source, tmp_path / "m")
     with pytest.raises(ConversionRefused, match=r"hf: is there already"):
         back(tmp_path / "m", source)
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ConversionRefused, match="is there already"):
         back(tmp_path / "m", Path("."))
 
