@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import sys
 import time
@@ -137,6 +138,9 @@ def show_command_lines(run: Run, launcher: Launcher) -> None:
     for title, line in lines.items():
         command = launcher.command(TRAIN_MODULE, line, title.partition(":")[0])
         print(f"\n# {title}\n{shlex.join(command)}")
+    words = " ".join(word for line in lines.values() for word in line)
+    if unset := sorted(set(re.findall(r"\$\{(\w+)\}", words))):
+        print(f"\n# to be set in the environment: {', '.join(unset)}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -146,8 +150,9 @@ def main(argv: list[str] | None = None) -> int:
         Exit status: 0 done, 1 a stage failed, 2 bad input, 130 stopped by a signal.
     """
     start = time.monotonic()
-    status = run_tool(lambda: execute(build_parser().parse_args(argv)))
-    if status == 0:
+    options = build_parser().parse_args(argv)
+    status = run_tool(lambda: execute(options))
+    if status == 0 and not options.dry_run:
         say("done", f"{(time.monotonic() - start) / 60:.1f} minutes")
     return status
 
