@@ -83,7 +83,7 @@ CASES = (
     Case("PP2 x VPP2 uneven", 2, UNEVEN_VPP2, bit_for_bit=True),
     Case("DP2", 2, layout_of(), evidence=True),
     Case("DP2 ZeRO-1", 2, layout_of(), use_distributed_optimizer=True),
-    Case("TP2 SP", 2, layout_of(tp=2), micro_batch_size=2),
+    Case("TP2 SP", 2, layout_of(tp=2), micro_batch_size=2, evidence=True),
     Case("EP2", 2, layout_of(ep=2), evidence=True),
     Case("EP4 ZeRO-1", 4, layout_of(ep=4), True, evidence=True),
     Case("TP2 x EP2, ETP1", 2, layout_of(tp=2, ep=2, etp=1), micro_batch_size=2, evidence=True),
