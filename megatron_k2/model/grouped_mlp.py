@@ -54,6 +54,26 @@ class PendingWeightGradient:
         return gradient
 
 
+def kept_inputs(
+    rows: Tensor, z: Tensor, in_fp8: frozenset[str], stay: frozenset[str]
+) -> list[Tensor]:
+    """Return what the backward pass needs of a group of experts, as it is stored.
+
+    Args:
+        rows: [rows, in], inputs of the up-projections.
+        z: [rows, 2 * ffn], inputs of SwiGLU.
+        in_fp8: of ``moe_up_proj_input`` and ``swiglu_input``, those kept in FP8.
+        stay: those that offloading leaves where they are.
+    """
+    saved: list[Tensor] = []
+    for name, tensor in (("moe_up_proj_input", rows), ("swiglu_input", z)):
+        parts = keep(tensor, name in in_fp8)
+        if name in stay:
+            mark_not_offload_(parts)
+        saved += parts
+    return saved
+
+
 def mark_not_offload_(tensors: Iterable[Tensor]) -> None:
     """Set the attribute by which Megatron's fine-grained offloading passes over a saved tensor."""
     for tensor in tensors:
@@ -88,11 +108,7 @@ class _GroupedSwiGLUMLP(torch.autograd.Function):
             z = group.product(operands.rows(rows), w1)
             activated = operands.rows(swiglu_forward(z, weights[group.rows]))
             group.product(activated, w2, out=padded[group.rows])
-            for name, tensor in (("moe_up_proj_input", rows), ("swiglu_input", z)):
-                parts = keep(tensor, name in in_fp8)
-                if name in stay:
-                    mark_not_offload_(parts)
-                saved += parts
+            saved += kept_inputs(rows, z, in_fp8, stay)
         ctx.save_for_backward(weights, fc1, fc2, *saved)
         ctx.plan, ctx.queues, ctx.in_fp8, ctx.operands = plan, queues, in_fp8, operands
         return plan.collect(padded)

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from megatron_k2.adapters import PARAMETERS, scale_of
-from megatron_k2.fp8.activation_store import keep, restore
+from megatron_k2.fp8.activation_store import restore
 from megatron_k2.fp8.operands import Operands
 from megatron_k2.model.experts import K2GroupedMLP
 from megatron_k2.model.grouped_gemm import RowGroup, RowPlan
@@ -30,7 +30,7 @@ from megatron_k2.model.grouped_linear import (
     K2GroupedLinear,
     K2RowGroupedLinear,
 )
-from megatron_k2.model.grouped_mlp import PendingWeightGradient, mark_not_offload_
+from megatron_k2.model.grouped_mlp import PendingWeightGradient, kept_inputs
 from megatron_k2.model.swiglu import swiglu_backward, swiglu_forward
 
 Factors = tuple[Tensor, Tensor] | tuple[None, None]
@@ -166,11 +166,7 @@ class _AdaptedSwiGLUMLP(torch.autograd.Function):
             activated = swiglu_forward(z, weights[group.rows])
             output = group.product(operands.rows(activated), w2, out=padded[group.rows])
             _add_low_rank_(output, group, activated, a2, b2, scale)
-            for name, tensor in (("moe_up_proj_input", rows), ("swiglu_input", z)):
-                parts = keep(tensor, name in in_fp8)
-                if name in stay:
-                    mark_not_offload_(parts)
-                saved += parts
+            saved += kept_inputs(rows, z, in_fp8, stay)
         ctx.save_for_backward(weights, fc1, fc2, a1, b1, a2, b2, *saved)
         ctx.scale, ctx.plan, ctx.in_fp8 = scale, plan, in_fp8
         ctx.operands, ctx.tp_group = operands, tp_group
