@@ -7,9 +7,12 @@ value, what is allowed and the flag.
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
+import tomllib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -22,6 +25,35 @@ of a foreign tokenizer, fast at any size."""
 
 class UsageError(ValueError):
     """A user's input that cannot work; the message is one line and names the flag."""
+
+
+def positive_int(text: str) -> int:
+    """Return a whole number of at least 1: the ``type`` of an argument.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none, or smaller.
+    """
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return number
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return the tables of a TOML file.
+
+    Raises:
+        ValueError: it cannot be read, or is not TOML; the message names it.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not TOML ({error})") from error
 
 
 def data_prefixes(args: Any) -> Iterator[tuple[str, str]]:

@@ -14,6 +14,7 @@ from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
+from megatron_k2.inputs import read_toml
 from megatron_k2.planning.wire import Message
 
 
@@ -99,9 +100,9 @@ def load_cluster(kind: str, num_gpus: int, changes: Mapping[str, float] | None =
         if not path.is_file():
             raise ValueError(f"--cluster {kind!r}: allowed are {', '.join(tables)}, or a TOML file")
         try:
-            tables = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"--cluster {kind}: not TOML: {error}") from error
+            tables = read_toml(path)
+        except ValueError as error:
+            raise ValueError(f"--cluster {error}") from error
         if len(tables) != 1:
             raise ValueError(f"--cluster {kind}: the file must hold one table, a kind of cluster")
         kind = next(iter(tables))

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from megatron_k2.inputs import positive_int
 from megatron_k2.planning.cluster import list_clusters
 from megatron_k2.planning.jobs import JOBS
 from megatron_k2.planning.search import RESERVE_BYTES
@@ -29,7 +30,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     )  # fmt: skip
     jobs = "; ".join(f"{name}: {job.summary}" for name, job in JOBS.items())
     made.add_argument("--job", choices=list(JOBS), default="pretrain", help=jobs)
-    made.add_argument("--gpus", type=_positive, required=True, help="GPUs in all")
+    made.add_argument("--gpus", type=positive_int, required=True, help="GPUs in all")
     made.add_argument(
         "--cluster", default="h800", metavar="KIND|FILE",
         help=f"{', '.join(list_clusters())}, or a TOML file of the form of planning/clusters.toml",
@@ -45,14 +46,14 @@ def parser(description: str) -> argparse.ArgumentParser:
         help="left free on each GPU for CUDA, NCCL and fragments (%(default)s)",
     )  # fmt: skip
     made.add_argument(
-        "--top", type=_positive, default=3,
+        "--top", type=positive_int, default=3,
         help="how many to build and print, each of other TP, PP, EP or CP (%(default)s)",
     )  # fmt: skip
     made.add_argument(
         "--similar", action="store_true",
         help="print layouts too that differ in chunks, memory or offloading alone",
     )  # fmt: skip
-    made.add_argument("--workers", type=_positive, help="processes; default: one a core")
+    made.add_argument("--workers", type=positive_int, help="processes; default: one a core")
     made.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
     made.add_argument(
         "--picture", type=Path, metavar="FILE",
@@ -62,16 +63,16 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def _add_layout(group: Any) -> None:
-    group.add_argument("--seq-length", type=_positive, help="tokens; default: the preset's")
+    group.add_argument("--seq-length", type=positive_int, help="tokens; default: the preset's")
     group.add_argument(
-        "--global-batch-size", type=_positive,
+        "--global-batch-size", type=positive_int,
         help=f"sequences; default: the job's or the preset's, else {BATCH_PER_GPU} a GPU",
     )  # fmt: skip
-    group.add_argument("--micro-batch-size", type=_positive, nargs="+", default=[1])
+    group.add_argument("--micro-batch-size", type=positive_int, nargs="+", default=[1])
     for name in SIZES:
-        group.add_argument(f"--{name}", type=_positive, nargs="+", help="only these sizes")
+        group.add_argument(f"--{name}", type=positive_int, nargs="+", help="only these sizes")
     group.add_argument(
-        "--etp", type=_positive, nargs="+", default=[1],
+        "--etp", type=positive_int, nargs="+", default=[1],
         help="ranks that share an expert: 1 (default) or tp; each size is traced",
     )  # fmt: skip
     group.add_argument(
@@ -84,26 +85,21 @@ def _add_layout(group: Any) -> None:
 
 
 def _add_engine(group: Any) -> None:
-    group.add_argument("--prompt-length", type=_positive, default=2048, help="tokens")
     group.add_argument(
-        "--response-length", type=_positive, default=2048, help="tokens (%(default)s)"
+        "--prompt-length", type=positive_int, default=2048, help="tokens (%(default)s)"
+    )
+    group.add_argument(
+        "--response-length", type=positive_int, default=2048, help="tokens (%(default)s)"
     )
     group.add_argument("--engine-weights", choices=("fp8", "bf16"), default="fp8")
     group.add_argument(
-        "--engine-gpus", type=_positive, metavar="N",
+        "--engine-gpus", type=positive_int, metavar="N",
         help="GPUs of the engines, beside --gpus of the trainer; default: they share --gpus",
     )  # fmt: skip
     group.add_argument(
         "--slowest", type=float, default=0.0, metavar="TOKENS/S",
         help="least speed of a request; slower instances are left out",
     )  # fmt: skip
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return number
 
 
 def check(options: argparse.Namespace) -> None:

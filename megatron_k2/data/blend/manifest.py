@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import os
 import re
-import tomllib
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
+
+from megatron_k2.inputs import read_toml
 
 REPHRASINGS_PER_DOCUMENT = 2
 NOT_IN_BLEND = "none"
@@ -96,12 +97,7 @@ def read_manifest(path: Path, read_recipe: ReadRecipe) -> Manifest:
     Raises:
         ValueError: not TOML, an unknown or missing key, a value out of range.
     """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path}: not TOML ({error})") from error
+    table = read_toml(path)
     try:
         return _parse(table, read_recipe)
     except ValueError as error:

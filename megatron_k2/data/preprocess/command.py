@@ -16,6 +16,7 @@ from megatron_k2.data.preprocess.provenance import where
 from megatron_k2.data.preprocess.records import Options
 from megatron_k2.data.preprocess.run import run
 from megatron_k2.data.preprocess.sources import FORMATS, find_sources
+from megatron_k2.inputs import positive_int
 
 EPILOG = """\
 examples:
@@ -115,21 +116,21 @@ def parser() -> argparse.ArgumentParser:
     group = found.add_argument_group("output and run")
     group.add_argument("--output-prefix", required=True, help="path of the output without suffix")
     group.add_argument(
-        "--workers", type=_positive, default=os.cpu_count() or 1,
+        "--workers", type=positive_int, default=os.cpu_count() or 1,
         help="processes (default: all cores); no effect on the bytes",
     )  # fmt: skip
     group.add_argument(
-        "--partitions", type=_positive, default=1,
+        "--partitions", type=positive_int, default=1,
         help="stock's; any number gives the same bytes, no partition files are written",
     )  # fmt: skip
     group.add_argument(
         "--keep-sequential-samples", action="store_true", help="stock's; always so here"
     )
     group.add_argument(
-        "--log-interval", type=_positive, default=1000, help="stock's; there is a bar instead"
+        "--log-interval", type=positive_int, default=1000, help="stock's; there is a bar instead"
     )
     group.add_argument(
-        "--block-bytes", type=_positive, default=Options.block_bytes,
+        "--block-bytes", type=positive_int, default=Options.block_bytes,
         help="text of one piece of work; a kill costs the pieces under way (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
@@ -160,13 +161,6 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
         "--skip-bad-records", action="store_true",
         help="count lines that are no JSON, no UTF-8 or have no text, and go on",
     )  # fmt: skip
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
-    return number
 
 
 def _job(args: argparse.Namespace) -> Job:
@@ -245,10 +239,10 @@ def _train(argv: list[str]) -> None:
         "--tokenizer-type SentencePieceTokenizer.",
     )
     _add_input(sub.add_argument_group("input"))
-    sub.add_argument("--vocab-size", type=_positive, required=True)
+    sub.add_argument("--vocab-size", type=positive_int, required=True)
     sub.add_argument("--output", required=True, help="the model file")
     sub.add_argument(
-        "--sample-bytes", type=_positive, default=64_000_000,
+        "--sample-bytes", type=positive_int, default=64_000_000,
         help="text to learn from, taken evenly from all input (default: %(default)s)",
     )  # fmt: skip
     args = sub.parse_args(argv)

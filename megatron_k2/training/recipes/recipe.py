@@ -15,12 +15,12 @@ first stage runs. ``${NAME}`` in a text is a variable of the environment. Pure: 
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_k2.inputs import read_toml
 from megatron_k2.presets import load_preset
 from megatron_k2.training.recipes.scale import scaled
 
@@ -107,12 +107,7 @@ def read_recipe(path: Path, scale: str | None = None) -> Recipe:
     Raises:
         ValueError: not TOML, an unknown or missing key, a value out of range.
     """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path}: not TOML ({error})") from error
+    table = read_toml(path)
     try:
         return parse_recipe(scaled(table, scale))
     except ValueError as error:
