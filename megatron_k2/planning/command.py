@@ -30,7 +30,7 @@ from typing import Any
 from megatron_k2.planning import report
 from megatron_k2.planning.cluster import Cluster, load_cluster
 from megatron_k2.planning.dry_run import silence
-from megatron_k2.planning.estimate import Estimate
+from megatron_k2.planning.estimate import GRADIENT, PARAMETER, Estimate
 from megatron_k2.planning.flags import BATCH_PER_GPU, SIZES, check, parser
 from megatron_k2.planning.jobs import JOBS
 from megatron_k2.planning.model import Model
@@ -56,7 +56,7 @@ class Plan:
     Attributes:
         cluster: the trainer's, or the engine's where nothing is trained.
         found: what the search found.
-        num_weights: of the model.
+        num_weights: of the model, all and trained.
         finalists: the best, built.
         engines: instances, best first.
         traffic: what they are asked.
@@ -66,7 +66,7 @@ class Plan:
 
     cluster: Cluster
     found: Found | None = None
-    num_weights: int = 0
+    num_weights: tuple[int, int] = (0, 0)
     finalists: list[Finalist] = field(default_factory=list)
     engines: list[Engine] = field(default_factory=list)
     traffic: Traffic | None = None
@@ -241,18 +241,20 @@ def _print(title: str, job: str, plan: Plan) -> None:
     if plan.finalists:
         assert plan.found is not None
         fitting, number = len(plan.found.fitting), plan.found.number
-        state = report.gigabytes(6 * plan.num_weights)
+        every, trained = plan.num_weights
+        state = report.gigabytes(PARAMETER * every + GRADIENT * trained)
         _table(
             f"{title}: {fitting} of {number} layouts fit {took}\n"
-            f"{plan.num_weights:,} weights, {state} GB with gradients",
+            f"{every:,} weights, {trained:,} trained, {state} GB with gradients",
             report.HEADER, report.rows(plan.finalists, plan.cluster),
         )  # fmt: skip
         _table("a step", report.SENT_HEADER, report.sent_rows(plan.finalists))
-        nodes = max(plan.cluster.num_gpus // plan.cluster.node_gpus, 1)
-        each = min(plan.cluster.num_gpus, plan.cluster.node_gpus)
+        gpus = plan.cluster.num_gpus
+        least = -(-gpus // plan.cluster.node_gpus)
+        nodes = next(number for number in range(least, gpus + 1) if gpus % number == 0)
         for one in plan.finalists:
             print(f"\n# {report.name_of(one.estimate)}")
-            start = f"torchrun --nnodes {nodes} --nproc-per-node {each}"
+            start = f"torchrun --nnodes {nodes} --nproc-per-node {gpus // nodes}"
             print(f"{start} -m megatron_k2.training.pretrain {shlex.join(one.command)}")
         print(f"\n# to add: {JOBS[job].missing}")
     if plan.engines:

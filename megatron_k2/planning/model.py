@@ -62,14 +62,15 @@ class Model:
         frequency = self.value("moe_layer_freq")
         return _layer_kinds(1 if frequency is None else frequency, self.shape)
 
-    def num_weights(self) -> int:
-        """Return the weights of the model, each once."""
+    def num_weights(self) -> tuple[int, int]:
+        """Return the weights of the model, each once: all, and those with a gradient."""
         whole = Candidate(1, seq_length=FEW_TOKENS, memory="keep")
         pieces = self.pieces(whole, backward=False)
-        return sum(
-            count * (pieces[kind].dense_numel + pieces[kind].expert_numel)
-            for kind, count in self.counts().items()
-        )
+        numbers = [
+            (count * (one.dense_numel + one.expert_numel), count * sum(one.trained_numel))
+            for one, count in ((pieces[kind], count) for kind, count in self.counts().items())
+        ]
+        return sum(every for every, _ in numbers), sum(trained for _, trained in numbers)
 
     def counts(self) -> dict[str, int]:
         """Return how many pieces of each kind the model has."""

@@ -60,6 +60,11 @@ def test_adapters_have_gradients_and_state_and_the_frozen_weights_none(cluster: 
         assert adapters.state.optimizer < 0.2 * all_of_it.state.optimizer
 
 
+def test_the_weights_of_a_model_are_counted_once_and_only_adapters_as_trained() -> None:
+    full, lora = (Model("k2-nano", JOBS[job].flags).num_weights() for job in ("sft", "lora"))
+    assert full[0] == full[1] and lora[0] == full[0] + lora[1] and 0 < lora[1] < 0.2 * full[0]
+
+
 def test_frozen_weights_are_passed_through_and_not_differentiated() -> None:
     command = ["--k2-preset=k2-nano", "--bf16", "--num-layers=2", "--moe-layer-freq=[0,1]"]
     command += ["--lr=1e-3", "--micro-batch-size=1", "--global-batch-size=1", "--train-iters=1"]

@@ -87,6 +87,13 @@ def test_a_wrong_argument_is_one_line(arguments: list[str], message: str, capsys
     assert message in capsys.readouterr().err
 
 
+def test_nodes_of_a_printed_command_are_all_alike(capsys) -> None:
+    arguments = ["--gpus", "6", "--set", "node_gpus=4", "--tp", "1", "--pp", "2", "--ep", "1"]
+    arguments += ["--memory", "keep", "--optimizer-offload", "none", "--vpp", "1"]
+    assert main(["--k2-preset", "k2-micro", *arguments, "--workers", "1"]) == 0
+    assert "torchrun --nnodes 2 --nproc-per-node 3 -m" in capsys.readouterr().out
+
+
 def test_nothing_that_fits_is_said(capsys) -> None:
     arguments = ["--k2-preset", "k2-micro", "--gpus", "1", "--set", "memory_bytes=6e9"]
     arguments += ["--workers", "1", "--optimizer-offload", "none"]
