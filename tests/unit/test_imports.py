@@ -29,7 +29,7 @@ FLOORS = {
     "arguments": 3,
     "model": 4,
     "optimizer": 4,
-    "engine": 4,
+    "engine": 5,
     "agentic": 5,
     "data": 5,
     "registration": 6,
