@@ -19,6 +19,7 @@ FLOORS = {
     "device": 1,
     "layouts": 1,
     "inputs": 1,
+    "journal": 1,
     "upstream_errors": 1,
     "fp8": 1,
     "checkpoint": 2,

@@ -7,14 +7,11 @@ way, a power cut a second more.
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import json
-import os
 import time
-import zlib
 from pathlib import Path
 from typing import Any
+
+from megatron_k2.journal import CheckedLines, JournalBusy
 
 SYNC_EVERY_S = 1.0
 
@@ -29,17 +26,24 @@ class Journal:
     def __init__(self, path: Path, run: str) -> None:
         self.path = path
         self._records: dict[str, dict[str, Any]] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = open(path, "a+b")  # noqa: SIM115 - open as long as the part is under way
         try:
-            self._lock()
-            kept = self._read(run)
-        except BaseException:
-            self._stream.close()
-            raise
-        self._stream.truncate(kept)
+            self._lines = CheckedLines(path)
+        except JournalBusy as error:
+            raise ValueError(
+                f"--output {path.parent.parent}: another run is writing it; wait for it or "
+                "give another --output"
+            ) from error
+        for value in self._lines.before:
+            if value.get("run", run) != run:
+                self._lines.close()
+                raise ValueError(
+                    f"{path}: belongs to a run with other input or flags; give another "
+                    "--output, or remove it"
+                )
+            if "key" in value:
+                self._records[value.pop("key")] = value
         self._synced_s = time.monotonic()
-        if not kept:
+        if not self._lines.before:
             self._append({"run": run})
 
     def get(self, key: str) -> dict[str, Any] | None:
@@ -68,46 +72,11 @@ class Journal:
 
     def close(self) -> None:
         """Flush it to the disk and close it."""
-        if not self._stream.closed:
-            os.fdatasync(self._stream.fileno())
-            self._stream.close()
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"--output {self.path.parent.parent}: another run is writing it; wait for it or "
-                "give another --output"
-            ) from None
-        except OSError as error:  # a file system without locks
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
-                raise
+        self._lines.close()
 
     def _append(self, value: dict[str, Any]) -> None:
-        text = json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
-        self._stream.write(b"%08x %s\n" % (zlib.crc32(text), text))
-        self._stream.flush()
         now_s = time.monotonic()
-        if now_s - self._synced_s >= SYNC_EVERY_S:
-            os.fdatasync(self._stream.fileno())
+        due = now_s - self._synced_s >= SYNC_EVERY_S
+        self._lines.append(value, to_disk=due)
+        if due:
             self._synced_s = now_s
-
-    def _read(self, run: str) -> int:
-        """Read what is whole; return its bytes."""
-        self._stream.seek(0)
-        kept = 0
-        for line in self._stream:
-            check, _, text = line.rstrip(b"\n").partition(b" ")
-            if not line.endswith(b"\n") or check != b"%08x" % zlib.crc32(text):
-                break
-            value = json.loads(text)
-            if "run" in value and value["run"] != run:
-                raise ValueError(
-                    f"{self.path}: belongs to a run with other input or flags; give another "
-                    "--output, or remove it"
-                )
-            if "key" in value:
-                self._records[value.pop("key")] = value
-            kept += len(line)
-        return kept
