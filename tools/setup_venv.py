@@ -94,9 +94,12 @@ def _install() -> bool:
     python = str(VENV / "bin" / "python")
     pip = [python, "-m", "pip", "--disable-pip-version-check", "--no-input"]
     check = "import torch; from megatron_k2 import compat; compat.check_versions()"
+    # pip compiles all 19,000 files, one after the other: 100 s of CPU here. Python compiles those
+    # few that are imported, when they are.
+    options = ["--progress-bar", "off", "--no-compile"]
     with open(VENV / "setup.log", "w") as log:
         for command in (
-            [*pip, "install", "--progress-bar", "off", "--editable", f"{ROOT}[dev]"],
+            [*pip, "install", *options, "--editable", f"{ROOT}[dev]"],
             [python, "-c", check],
         ):
             if _run(command, log) != 0:
