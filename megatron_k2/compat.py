@@ -87,6 +87,15 @@ OPTIONAL: dict[str, Requirement] = {
         distribution="ray",
         versions=">=2.50,<3",
         install="pip install 'megatron-k2[data]'",
+        # Fails without pandas, which plain ray does not install.
+        symbols=("ray.data:from_items",),
+    ),
+    "gguf": Requirement(
+        module="gguf",
+        distribution="gguf",
+        # 0.10 is the oldest that transformers 5 accepts; 0.19 was tried.
+        versions=">=0.10,<1",
+        install="pip install 'megatron-k2[smollm2]'",
     ),
 }
 

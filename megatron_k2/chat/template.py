@@ -1,207 +1,171 @@
-"""Kimi K2's chat format: messages to text in which control tokens and content are kept apart.
+"""Kimi K2's chat format: messages to segments in which control tokens and content are kept apart.
 
-The rules are those of the ``chat_template.jinja`` of K2-Instruct and K2-Instruct-0905 and of the
-released tokenizer class, which sorts the keys of tool declarations. Sources: Moonshot's tool-call
-guide; github.com/PrimeIntellect-ai/renderers (``kimi_k2.py``), which is tested byte for byte
-against the template of revision fd1984e2; renders of the official template in
-github.com/YS-OH-CORE/canitoolcall (``fixtures/kimi``). No white space stands between messages,
-with one exception: a line feed follows the default system message.
+The rules are those of the ``chat_template.jinja`` of K2-Instruct, K2-Instruct-0905 and K2-Thinking
+and of the released tokenizer class, which sorts the keys of tool declarations; the words are in
+``templates/``, each with its sources. No white space stands between messages, with one exception:
+in K2 a line feed follows the default system message.
 
-``segments`` is for training data: what a message says can never become a control token.
-``render_template`` runs a release's own template in jinja2's sandbox, as transformers does.
-Left out: images, and K2-Thinking's reasoning.
+What a message says can never become a control token. Each segment knows whose it is, so that loss
+masks and ledgers need no second parser. Left out: images.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from itertools import groupby
-from operator import attrgetter
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from megatron_k2.chat.tokenizer import KimiTokenizer
+from megatron_k2.chat.segments import (
+    Owner,
+    Segment,
+    generation_prompt,
+    message_segments,
+    opening,
+)
+from megatron_k2.chat.template_files import Template, load_template
+from megatron_k2.chat.tokenizer import KimiTokenizer, scalar_text
 
-TEMPLATE_FILE = "chat_template.jinja"
-DEFAULT_SYSTEM = "You are Kimi, an AI assistant created by Moonshot AI."
-_MARKS = {"user": "<|im_user|>", "assistant": "<|im_assistant|>"}  # any other role: <|im_system|>
+KIMI_K2 = load_template("kimi-k2")
 Message = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A stretch of a rendered dialogue: one control token's name, or ordinary text."""
-
-    text: str
-    is_control: bool = False
+Keep = Literal["released", "answer", "all"]
+"""Whose reasoning stays: ``released``, of messages after the last answer without tool calls;
+``answer``, the same as it was before the last message, which keeps its own, as the model said it;
+``all``, everyone's."""
 
 
 def segments(
     messages: Sequence[Message],
     tools: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = False,
+    *,
+    template: Template = KIMI_K2,
+    keep: Keep = "released",
 ) -> list[Segment]:
     """Return a dialogue as control tokens and the texts between them.
 
     Args:
-        messages: ``role`` and ``content``; an assistant's ``tool_calls`` with ``id`` and
-            ``function`` (``arguments`` a JSON string or an object); a tool's ``tool_call_id``.
-            ``name`` takes the place of the role in the text.
+        messages: ``role`` and ``content``; an assistant's ``reasoning_content`` and ``tool_calls``
+            with ``id`` and ``function`` (``arguments`` a JSON string or an object); a tool's
+            ``tool_call_id``. ``name`` takes the place of the role in the text.
         tools: declarations in OpenAI's form.
         add_generation_prompt: end with the head of an assistant's message.
+        template: whose words.
+        keep: which messages keep their reasoning, where the template has it.
 
     Raises:
-        ValueError: content that is neither text nor a list of texts.
+        ValueError: content that is neither text nor a list of texts, or a malformed tool call.
     """
-    found = list(_pieces(messages, tools, add_generation_prompt))
-    joined = []
-    for is_control, group in groupby(found, attrgetter("is_control")):
-        if is_control:
-            joined += list(group)
-        elif text := "".join(segment.text for segment in group):
-            joined.append(Segment(text))
-    return joined
+    found = opening(messages, tools, template)
+    last = _last_stripped(messages, keep)
+    for turn, message in enumerate(messages):
+        found += message_segments(message, turn, template, keeps_reasoning=turn > last)
+    if add_generation_prompt:
+        found += generation_prompt(len(messages), template)
+    return found
+
+
+def without_old_reasoning(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Return messages without the reasoning that the release leaves out."""
+    last = _last_stripped(messages, "released")
+    return [
+        {key: value for key, value in one.items() if turn > last or key != "reasoning_content"}
+        for turn, one in enumerate(messages)
+    ]
 
 
 def render(
     messages: Sequence[Message],
     tools: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = False,
+    *,
+    template: Template = KIMI_K2,
+    keep: Keep = "released",
 ) -> str:
     """Return a dialogue as one string; see ``segments``."""
-    return "".join(part.text for part in segments(messages, tools, add_generation_prompt))
+    parts = segments(messages, tools, add_generation_prompt, template=template, keep=keep)
+    return "".join(part.text for part in parts)
 
 
 def encode(tokenizer: KimiTokenizer, parts: Sequence[Segment]) -> list[int]:
     """Return the ids of segments; only control segments give special ids."""
     ids: list[int] = []
-    for part in parts:
-        if part.is_control:
-            ids.append(tokenizer.special_id(part.text))
-        else:
-            ids += tokenizer.encode(part.text)
+    for found, _ in encode_runs(tokenizer, parts):
+        ids += found
     return ids
 
 
-def sorted_keys(value: Any) -> Any:
-    """Return JSON data with the keys of every object sorted."""
-    if isinstance(value, Mapping):
-        return {key: sorted_keys(value[key]) for key in sorted(value)}
-    return [sorted_keys(item) for item in value] if isinstance(value, list | tuple) else value
+def encode_owned(
+    tokenizer: KimiTokenizer, parts: Sequence[Segment]
+) -> tuple[list[int], list[Owner]]:
+    """Return ids and the owner of each: where a token reaches over two, the one it begins in."""
+    ids: list[int] = []
+    owners: list[Owner] = []
+    for found, run in encode_runs(tokenizer, parts):
+        ids += found
+        if len(run) == 1:
+            owners += [run[0].owner] * len(found)
+        else:
+            owners += _owners(tokenizer, found, run)
+    return ids, owners
 
 
-def read_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """Return a release's chat template: the file, else tokenizer_config.json's, else None."""
-    path = folder / TEMPLATE_FILE
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    given = config.get("chat_template")
-    if isinstance(given, list):  # several by name
-        named = {entry.get("name"): entry.get("template") for entry in given}
-        given = named.get("default")
-    return given if isinstance(given, str) else None
-
-
-def render_template(template: str, messages: Sequence[Message], **variables: Any) -> str:
-    """Render a jinja chat template as transformers does, in the sandbox.
+def loss_mask(owners: Sequence[Owner], reasoning: bool = True) -> list[int]:
+    """Return 1 for the tokens that an assistant said, 0 for all others and for stripped messages.
 
     Args:
-        template: its text; it is not trusted.
-        messages: the dialogue.
-        variables: ``tools``, ``add_generation_prompt`` and what else the template reads.
-
-    Raises:
-        ValueError: the template does not render.
+        owners: of each token.
+        reasoning: False leaves reasoning and its marks out.
     """
-    import jinja2
-
-    try:
-        return str(_compiled(template).render(messages=messages, **variables))
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
-        raise ValueError(f"the chat template does not render: {error}") from error
-
-
-@lru_cache(maxsize=8)
-def _compiled(template: str) -> Any:
-    import jinja2
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = refuse
-    return environment.from_string(template)
+    mask: list[int] = []
+    for _, group in groupby(owners, id):  # tokens of a segment share one object
+        members = list(group)
+        wanted = members[0].is_produced and not members[0].is_stripped
+        wanted = wanted and (reasoning or members[0].part != "reasoning")
+        mask += [int(wanted)] * len(members)
+    return mask
 
 
-def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None,
-    separators: tuple[str, str] | None = None, sort_keys: bool = False,
-) -> str:  # fmt: skip
-    """Serialise as transformers' filter does: jinja's own escapes HTML."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+def encode_runs(
+    tokenizer: KimiTokenizer, parts: Sequence[Segment]
+) -> Iterator[tuple[list[int], list[Segment]]]:
+    """Yield ids and the segments that they spell: one control token, or texts side by side.
+
+    Texts side by side are encoded as one text, as the release does.
+    """
+    known = tokenizer.special_tokens
+    run: list[Segment] = []
+    for part in parts:
+        if not part.is_control or (part.owner.part == "reasoning" and part.text not in known):
+            run.append(part)
+            continue
+        if run:
+            yield tokenizer.encode("".join(one.text for one in run)), run
+            run = []
+        yield [tokenizer.special_id(part.text)], [part]
+    if run:
+        yield tokenizer.encode("".join(one.text for one in run)), run
 
 
-def _pieces(
-    messages: Sequence[Message],
-    tools: Sequence[Mapping[str, Any]] | None,
-    add_generation_prompt: bool,
-) -> Iterator[Segment]:
-    if tools:
-        declared = json.dumps(sorted_keys(list(tools)), ensure_ascii=False, separators=(",", ":"))
-        yield from _head("system", "tool_declare")
-        yield from (Segment(declared), Segment("<|im_end|>", True))
-    if not messages or messages[0]["role"] != "system":
-        yield from _head("system", "system")
-        yield from (Segment(DEFAULT_SYSTEM), Segment("<|im_end|>", True), Segment("\n"))
-    for message in messages:
-        role = message["role"]
-        yield from _head(role, message.get("name") or role)
-        if role == "tool":
-            yield Segment(f"## Return of {message.get('tool_call_id') or ''}\n")
-        yield Segment(_text(message))
-        if role == "assistant" and message.get("tool_calls"):
-            yield from _calls(message["tool_calls"])
-        yield Segment("<|im_end|>", True)
-    if add_generation_prompt:
-        yield from _head("assistant", "assistant")
+def _owners(
+    tokenizer: KimiTokenizer, ids: Sequence[int], run: Sequence[Segment]
+) -> Iterator[Owner]:
+    ends, length = [], 0
+    for part in run:
+        length += len(scalar_text(part.text).encode())
+        ends.append(length)
+    at = which = 0
+    for token in ids:
+        while which < len(run) - 1 and at >= ends[which]:
+            which += 1
+        yield run[which].owner
+        at += len(tokenizer.token_bytes(token))
 
 
-def _head(role: str, name: str) -> Iterator[Segment]:
-    yield Segment(_MARKS.get(role, "<|im_system|>"), True)
-    yield Segment(name)
-    yield Segment("<|im_middle|>", True)
-
-
-def _calls(calls: Sequence[Mapping[str, Any]]) -> Iterator[Segment]:
-    yield Segment("<|tool_calls_section_begin|>", True)
-    for call in calls:
-        arguments = call["function"]["arguments"]
-        if not isinstance(arguments, str):
-            arguments = json.dumps(arguments, ensure_ascii=False)
-        yield Segment("<|tool_call_begin|>", True)
-        yield Segment(call["id"])
-        yield Segment("<|tool_call_argument_begin|>", True)
-        yield Segment(arguments)
-        yield Segment("<|tool_call_end|>", True)
-    yield Segment("<|tool_calls_section_end|>", True)
-
-
-def _text(message: Message) -> str:
-    content = message.get("content")
-    if isinstance(content, str) or content is None:
-        return content or ""
-    parts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
-    texts = [part for part in parts if isinstance(part, str)]
-    if len(texts) != len(parts):
-        raise ValueError(f"content of a {message['role']} message is not only text: {content!r}")
-    return "".join(texts)
+def _last_stripped(messages: Sequence[Message], keep: Keep) -> int:
+    """Return the place of the last message whose reasoning is left out, -1 if all keep theirs."""
+    if keep == "all":
+        return -1
+    for turn in reversed(range(len(messages) - (keep == "answer"))):
+        if messages[turn]["role"] == "assistant" and not messages[turn].get("tool_calls"):
+            return turn
+    return -1

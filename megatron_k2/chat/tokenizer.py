@@ -88,6 +88,15 @@ def _cut_runs(text: str, limit: int) -> Iterator[str]:
     yield text[begin:]
 
 
+def scalar_text(text: str) -> str:
+    """Return a text without lone surrogates, as the tokenizer reads it: U+FFFD in their place."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
 class KimiTokenizer:
     """Text to ids and back.
 
@@ -148,6 +157,8 @@ class KimiTokenizer:
                 class does by default. Only for text that this program has written itself, such as
                 a rendered chat template.
         """
+        if len(text) <= MAX_RUN_CHARS and not control_tokens:  # most texts: nothing to cut
+            return self._encoding.encode_ordinary(text)
         ids: list[int] = []
         for piece in presplit(text):
             if control_tokens:
@@ -174,6 +185,10 @@ class KimiTokenizer:
             spoken = self._spoken
             tokens = [token for token in tokens if token < self.num_ranks or token in spoken]
         return self._encoding.decode_bytes(tokens).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """Return the bytes of ids that are in the vocabulary; of special ids, their names."""
+        return self._encoding.decode_bytes(ids)
 
     def token_bytes(self, token: int) -> bytes:
         """Return the bytes of one token; of a special id, its name.

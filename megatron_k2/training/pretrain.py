@@ -14,6 +14,7 @@ example (two processes on a laptop, random tokens):
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Callable
@@ -65,7 +66,7 @@ def loss_func(
     mask = loss_mask.view(-1).float()
     loss = torch.sum(losses * mask)
     num_tokens = mask.sum().detach().to(torch.int)
-    _check_loss(loss)
+    check_loss(loss)
     report = {"lm loss": torch.cat([loss.detach().view(1), num_tokens.view(1)])}
     if far is not None:
         from megatron.training import get_args
@@ -78,7 +79,7 @@ SPIKY_LOSS_FACTOR = 10
 """``--check-for-spiky-loss`` reports a loss above this multiple of the largest one before it."""
 
 
-def _check_loss(loss: Tensor) -> None:
+def check_loss(loss: Tensor) -> None:
     """Hand the loss to Megatron's rerun state machine, as the stock script does."""
     from megatron.core.rerun_state_machine import get_rerun_state_machine
     from megatron.training import get_args
@@ -158,7 +159,7 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
         MockGPTDataset if args.mock_data else GPTDataset,
         samples_of_stage(args, num_samples),
         lambda: tp_rank == 0 and needs_data(args, vp_stage),
-        _dataset_config(args),
+        dataset_config(args),
     ).build()
     return tuple(views_of_stage(args, datasets))
 
@@ -166,7 +167,8 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
 datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron looks for it.
 
 
-def _dataset_config(args: Any) -> Any:
+def dataset_config(args: Any) -> Any:
+    """Return Megatron's ``GPTDatasetConfig`` of the parsed arguments."""
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
     from megatron.training.utils import get_blend_and_blend_per_split
@@ -256,8 +258,25 @@ def _has_checkpoint(load_dir: str | None) -> bool:
     return load_dir is not None and (Path(load_dir) / intact.TRACKER).is_file()
 
 
-def main() -> None:
-    """Parse the command line, build the model and train."""
+def train_with(
+    add_args: Callable[[argparse.ArgumentParser], argparse.ArgumentParser],
+    check_args: Callable[[Any], None],
+    provider: Callable[..., tuple[Any, ...]],
+    step: Callable[..., Any],
+    args_defaults: dict[str, Any] | None = None,
+) -> None:
+    """Parse the command line, build the model and run Megatron's loop.
+
+    Args:
+        add_args: adds an objective's flags to Megatron's parser.
+        check_args: refuses what the objective cannot do.
+        provider: builds the datasets.
+        step: one microbatch forward.
+        args_defaults: for flags that nobody gives a value.
+
+    Raises:
+        UsageError: the flags cannot work.
+    """
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import (
@@ -266,14 +285,15 @@ def main() -> None:
     )
     from megatron.training.arguments import parse_and_validate_args
 
-    args = parse_and_validate_args(
-        add_stage_args, args_defaults={"tokenizer_type": "SentencePieceTokenizer"}
-    )
+    args = parse_and_validate_args(add_args, args_defaults=args_defaults or {})
     refuse_unsupported(args)
     check_stage_args(args)
+    check_args(args)
     require_data(args)
     if args.train_iters is None and args.train_samples is None:
         raise UsageError("no length of the run: give --train-iters or --train-samples")
+    if args.lr is None and not args.skip_train:
+        raise UsageError("no learning rate: give --lr, or a --k2-preset that has one")
     model_config = gpt_config_from_args(args)
     if args.k2_load_hf and not _has_checkpoint(args.load):
         model_config.post_wrap_hooks.append(LoadHF(Path(args.k2_load_hf)))
@@ -281,10 +301,21 @@ def main() -> None:
         model_config.post_wrap_hooks.append(LoadPeft(Path(args.k2_lora_load), vars(args)))
     pretrain(
         pretrain_cfg_container_from_args(args, model_config),
-        datasets_provider,
+        provider,
         ModelType.encoder_or_decoder,
-        forward_step,
+        step,
         get_embedding_ranks=embedding_ranks,
+    )
+
+
+def main() -> None:
+    """Parse the command line, build the model and train."""
+    train_with(
+        add_stage_args,
+        lambda args: None,
+        datasets_provider,
+        forward_step,
+        {"tokenizer_type": "SentencePieceTokenizer"},
     )
 
 

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 START_TIMEOUT_S = 180
+RUNNER = "K2_TEST_RUNNER"
 # What a training imports on its way, so that no child pays for it.
 WARM = (
     "megatron.core.datasets.gpt_dataset",
@@ -137,7 +138,8 @@ class Zygote:
     ) -> Training:
         """Start one training; the arguments follow ``ARGUMENTS`` and win over them.
 
-        Random tokens, unless a ``--data-path=`` is among the arguments.
+        Random tokens, unless a ``--data-path=`` is among the arguments. ``environment`` may name
+        another runner than pretraining by ``RUNNER``.
         """
         if self.connection is None:
             self.connection = self._connect()
@@ -145,7 +147,8 @@ class Zygote:
         folder = Path(self.folder.name) / str(self.count)
         folder.mkdir()
         argv = [*ARGUMENTS, *arguments]
-        if not any(argument.startswith("--data-path=") for argument in arguments):
+        given = ("--data-path=", "--train-data-path=")
+        if not any(argument.startswith(given) for argument in arguments):
             argv.append("--mock-data")
         self.connection.send((argv, world_size, _free_port(), str(folder), environment or {}))
         return Training(self.connection.recv(), folder)
@@ -172,10 +175,18 @@ def zygote() -> Zygote:
     return warm
 
 
+_given_ports: set[int] = set()
+
+
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port that nobody listens on and that no training still on its way was given."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = int(probe.getsockname()[1])
+        if port not in _given_ports:
+            _given_ports.add(port)
+            return port
 
 
 def serve(address: str) -> None:
@@ -243,9 +254,9 @@ def _child(argv: list[str], rank: int, folder: Path) -> None:
 def _run(folder: Path) -> int:
     from megatron.training import training
 
-    from megatron_k2.training import pretrain
     from megatron_k2.training.command_line import run_as_command
 
+    runner = importlib.import_module(os.environ.get(RUNNER, "megatron_k2.training.pretrain"))
     if limit := os.environ.get("K2_TEST_FAULT"):
         from tests.distributed import faults
 
@@ -263,7 +274,7 @@ def _run(folder: Path) -> int:
         return log(*args, **kwargs)
 
     training.training_log = log_losses
-    return run_as_command(pretrain.main)
+    return run_as_command(runner.main)
 
 
 def tensors_of(directory: Path) -> dict[str, Any]:

@@ -6,15 +6,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_k2.chat.release_template import TEMPLATE_FILE, read_template, render_template
+from megatron_k2.chat.release_template import (
+    TEMPLATE_FILE,
+    read_template,
+    render_template,
+    sorted_keys,
+)
 from megatron_k2.chat.special_tokens import CONFIG_FILE, read_config
-from megatron_k2.chat.template import DEFAULT_SYSTEM, render, sorted_keys
+from megatron_k2.chat.template import KIMI_K2, render
 from megatron_k2.checkpoint.release.check import DIFFERS, Check, absent, compare, none_of
 
 AREA = "chat template"
 MARKS = (
     "<|im_system|>tool_declare<|im_middle|>",
-    DEFAULT_SYSTEM,
+    KIMI_K2.default_system,
     "<|im_user|>",
     "<|im_assistant|>",
     "<|tool_calls_section_begin|>",

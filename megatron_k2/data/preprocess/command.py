@@ -231,13 +231,15 @@ def _where(argv: list[str]) -> None:
 
 
 def _train(argv: list[str]) -> None:
-    from megatron_k2.data.preprocess.train import train
+    from megatron_k2.data.preprocess.train import TYPES, train
 
     sub = argparse.ArgumentParser(
         prog="preprocess_data.py train-tokenizer",
         description="Learn a sentencepiece model (BPE, byte fallback) for "
-        "--tokenizer-type SentencePieceTokenizer.",
+        "--tokenizer-type SentencePieceTokenizer, or a tiktoken.model of Kimi's construction, "
+        "chat tokens included, for KimiTiktokenTokenizer.",
     )
+    sub.add_argument("--type", choices=TYPES, default="sentencepiece")
     _add_input(sub.add_argument_group("input"))
     sub.add_argument("--vocab-size", type=positive_int, required=True)
     sub.add_argument("--output", required=True, help="the model file")
@@ -247,4 +249,4 @@ def _train(argv: list[str]) -> None:
     )  # fmt: skip
     args = sub.parse_args(argv)
     sources = find_sources(args.input, args.input_format)
-    train(sources, _options(args), args.vocab_size, Path(args.output), args.sample_bytes)
+    train(sources, _options(args), args.vocab_size, Path(args.output), args.sample_bytes, args.type)

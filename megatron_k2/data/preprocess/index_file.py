@@ -16,7 +16,7 @@ import numpy as np
 
 _HEADER = b"MMIDIDX\x00\x00"
 _VERSION = 1
-_CODES = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
+_CODES = {np.dtype(np.uint8): 1, np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
 _AT_ONCE = 1 << 20
 
 

@@ -1,4 +1,4 @@
-"""A sentencepiece model from the input of ``tools/preprocess_data.py``."""
+"""A tokenizer from the input of ``tools/preprocess_data.py``: sentencepiece or a rank file."""
 
 from __future__ import annotations
 
@@ -9,14 +9,23 @@ from pathlib import Path
 
 from megatron_k2.data.preprocess.records import BlockReader, Options, flat
 from megatron_k2.data.preprocess.sources import Source
+from megatron_k2.data.preprocess.train_ranks import train_ranks
 from megatron_k2.data.tokenize import train_tokenizer
 
 _SHRINKAGE = 4
 """Text packs to about a quarter; a wrong guess makes the sample less even, no more."""
 
 
+TYPES = ("sentencepiece", "kimi")
+
+
 def train(
-    sources: Sequence[Source], options: Options, vocab_size: int, output: Path, sample_bytes: int
+    sources: Sequence[Source],
+    options: Options,
+    vocab_size: int,
+    output: Path,
+    sample_bytes: int,
+    kind: str = "sentencepiece",
 ) -> None:
     """Learn a model and write it; the same input gives the same bytes.
 
@@ -26,6 +35,7 @@ def train(
         vocab_size: number of pieces.
         output: the model file, which must not exist.
         sample_bytes: of text to learn from, documents chosen by their hash.
+        kind: one of ``TYPES``.
 
     Raises:
         ValueError: the file exists, the input is bad or too little for the vocabulary.
@@ -35,8 +45,12 @@ def train(
     packed = sum(s.num_bytes for s in sources if s.compression or s.format == "parquet")
     total = sum(s.num_bytes for s in sources) + (_SHRINKAGE - 1) * packed
     share = min(1.0, sample_bytes / max(1, total))
+    texts = _texts(sources, options, share)
     try:
-        model = train_tokenizer(_texts(sources, options, share), vocab_size, sample_bytes)
+        if kind == "kimi":
+            model = train_ranks(texts, vocab_size)
+        else:
+            model = train_tokenizer(texts, vocab_size, sample_bytes)
     except RuntimeError as error:
         raise ValueError(f"--vocab-size {vocab_size}: {error}") from error
     partial = output.with_name(output.name + ".partial")

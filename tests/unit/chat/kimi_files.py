@@ -12,6 +12,7 @@ from megatron_k2.chat.tokenizer import PATTERN
 from tests.reference.kimi_tokenizer import rank_file, train
 
 NUM_MERGES = 180
+THINK_TOKENS = {"<think>": 22, "</think>": 23}
 SAMPLE = (
     "The tokenizer's pieces are words, numbers 1234567 and marks: !!!, ... don't they're WE'LL\n\n"
     "def encode(self, text):\n    return [token for token in text]\n\t# 你好世界\r\n"
@@ -50,6 +51,24 @@ TEMPLATE = """\
 """
 """The chat rules once more, as a template: a twin of megatron_k2.chat.template."""
 
+_TURN = """\
+  {%- set label = m.get('name') or m.role -%}
+  {%- set marks = {'user': '<|im_user|>', 'assistant': '<|im_assistant|>'} -%}
+  {{- marks.get(m.role, '<|im_system|>') -}}{{ label }}<|im_middle|>
+  {%- if m.role == 'tool' -%}{{ '## Return of ' + m.tool_call_id + '\\n' }}{%- endif -%}
+  {%- if m.role == 'assistant' -%}
+    <think>{{ m.get('reasoning_content') or '' if loop.index0 > last.at else '' }}</think>
+  {%- endif -%}
+"""
+THINKING_TEMPLATE = (
+    "{%- set last = namespace(at=-1) -%}{%- for m in messages -%}"
+    "{%- if m.role == 'assistant' and not m.get('tool_calls') -%}"
+    "{%- set last.at = loop.index0 -%}{%- endif -%}{%- endfor -%}"
+    + TEMPLATE[: TEMPLATE.index("  {%- set label")].replace("<|im_end|>\\n", "<|im_end|>")
+    + _TURN
+    + TEMPLATE[TEMPLATE.index("  {{- m.content or '' -}}") :]
+)
+"""K2-Thinking's rules as a template: a second search for the last answer, forwards."""
 
 CODE = """\
 raise SystemExit("this file is read and never run")
@@ -78,12 +97,15 @@ def small_ranks() -> dict[bytes, int]:
     return train(SAMPLE, NUM_MERGES)
 
 
-def tokenizer_config(num_ranks: int) -> dict[str, Any]:
-    """What a release's tokenizer_config.json says."""
+def tokenizer_config(num_ranks: int, thinking: bool = False) -> dict[str, Any]:
+    """What a release's tokenizer_config.json says; later ones name the marks of reasoning too."""
     added = {
         str(num_ranks + offset): {"content": name, "special": not name.startswith("<|tool_call")}
         for name, offset in CONTROL_TOKENS.items()
     }
+    if thinking:
+        for name, offset in THINK_TOKENS.items():
+            added[str(num_ranks + offset)] = {"content": name, "special": False}
     return {
         "added_tokens_decoder": added,
         "bos_token": "[BOS]",
@@ -102,6 +124,12 @@ def write_tokenizer(folder: Path, **changes: Any) -> Path:
     config = tokenizer_config(len(small_ranks())) | changes
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
     return folder
+
+
+def write_thinking_tokenizer(folder: Path) -> Path:
+    """Write a tokenizer that has ids for the marks of reasoning."""
+    config = tokenizer_config(len(small_ranks()), thinking=True)
+    return write_tokenizer(folder, added_tokens_decoder=config["added_tokens_decoder"])
 
 
 def write_chat_files(folder: Path) -> Path:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megatron_k2.chat import template
+from megatron_k2.chat import release_template, template
 from megatron_k2.chat.tokenizer import KimiTokenizer
 from tests.unit.chat.kimi_files import TEMPLATE, tokenizer_config, write_tokenizer
 
@@ -102,8 +102,11 @@ def test_rules_equal_a_template_in_the_sandbox() -> None:
         messages = random_dialogue(rng)
         tools = rng.choice([None, TOOLS])
         prompt = rng.random() < 0.5
-        rendered = template.render_template(
-            TEMPLATE, messages, tools=template.sorted_keys(tools), add_generation_prompt=prompt
+        rendered = release_template.render_template(
+            TEMPLATE,
+            messages,
+            tools=release_template.sorted_keys(tools),
+            add_generation_prompt=prompt,
         )
         assert template.render(messages, tools, prompt) == rendered
 
@@ -153,14 +156,22 @@ def test_content_may_be_a_list_of_texts_and_nothing_else() -> None:
         template.render([{"role": "user", "content": [{"type": "image"}]}])
 
 
+@pytest.mark.parametrize("wrong", [{"id": "a"}, {"id": "a", "function": {"arguments": None}}])
+def test_a_malformed_call_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(
+        ValueError, match=r"message 0: (a tool call needs|arguments of 'a' must be)"
+    ):
+        template.render([{"role": "assistant", "content": "", "tool_calls": [wrong]}])
+
+
 def test_the_file_wins_over_the_template_of_tokenizer_config(tmp_path) -> None:
     config = tokenizer_config(400)
-    assert template.read_template(tmp_path, config) is None
+    assert release_template.read_template(tmp_path, config) is None
     named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "y"}]
-    assert template.read_template(tmp_path, {"chat_template": named}) == "y"
-    assert template.read_template(tmp_path, {"chat_template": "z"}) == "z"
+    assert release_template.read_template(tmp_path, {"chat_template": named}) == "y"
+    assert release_template.read_template(tmp_path, {"chat_template": "z"}) == "z"
     (tmp_path / "chat_template.jinja").write_text("file")
-    assert template.read_template(tmp_path, {"chat_template": "z"}) == "file"
+    assert release_template.read_template(tmp_path, {"chat_template": "z"}) == "file"
 
 
 @pytest.mark.parametrize(
@@ -175,4 +186,4 @@ def test_the_file_wins_over_the_template_of_tokenizer_config(tmp_path) -> None:
 )
 def test_templates_that_fail_or_reach_out_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="the chat template does not render"):
-        template.render_template(text, [{"role": "user", "content": "a"}])
+        release_template.render_template(text, [{"role": "user", "content": "a"}])

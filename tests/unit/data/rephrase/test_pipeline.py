@@ -262,7 +262,6 @@ def test_twelve_kills_give_the_same_bytes(tmp_path: Path) -> None:
     check_kills(tmp_path, 30, list(range(6, 102, 8)))
 
 
-@pytest.mark.evidence
 def test_ray_gives_the_same_records_as_local_mode(tmp_path: Path) -> None:
     from megatron_k2.compat import optional
 

@@ -1,0 +1,1 @@
+"""Dialogues to packed rows for fine-tuning: ``tools/preprocess_sft.py`` and what training reads."""

@@ -1,0 +1,143 @@
+"""Fine-tuning: packed rows train like one dialogue a row, in every layout; what stays as it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_k2.data.dialogues.command import preprocess
+from tests.distributed.trainings import RUNNER, Training, tensors_of, zygote
+from tests.unit.chat.kimi_files import write_tokenizer
+
+SFT = {RUNNER: "megatron_k2.training.sft"}
+NUM_DIALOGUES = 12
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tokenizer(tmp_path_factory.mktemp("kimi"))
+
+
+@pytest.fixture(scope="module")
+def data(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The same dialogues, of very different lengths, as packed rows and as a row each."""
+    folder = tmp_path_factory.mktemp("dialogues")
+    rng = np.random.default_rng(5)
+    with (folder / "in.jsonl").open("w") as file:
+        for number in range(NUM_DIALOGUES):
+            words = [
+                " ".join(map(str, rng.integers(0, 99, size))) for size in (3, 2 * number, 2, 9)
+            ]
+            roles = ("user", "assistant") * 2
+            messages = [{"role": "system", "content": "s"}]  # the default one is long
+            messages += [{"role": r, "content": w} for r, w in zip(roles, words, strict=True)]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    common = ["--input", str(folder / "in.jsonl"), "--tokenizer-model", str(tokenizer)]
+    common += ["--seq-length", "256", "--workers", "1"]
+    preprocess([*common, "--output-prefix", str(folder / "packed")])
+    preprocess([*common, "--output-prefix", str(folder / "single"), "--no-packing"])
+    return {name: str(folder / f"{name}_train") for name in ("packed", "single")}
+
+
+def num_rows(prefix: str) -> int:
+    from megatron_k2.data.packed_dialogues import PackedRows
+
+    return len(PackedRows(prefix))
+
+
+def tune(tokenizer: Path, prefix: str, *more: str, world_size: int = 1) -> Training:
+    """Three steps, each over all dialogues."""
+    return zygote().train(
+        f"--train-data-path={prefix}",
+        *("--tokenizer-type=KimiTiktokenTokenizer", f"--tokenizer-model={tokenizer}"),
+        *("--vocab-size=692", "--seq-length=256", f"--global-batch-size={num_rows(prefix)}"),
+        *("--train-iters=3", "--lr-warmup-iters=1", *more),
+        world_size=world_size,
+        environment=SFT,
+    )
+
+
+def curve(training: Training) -> list[list[float]]:
+    """Loss and gradient norm of each step."""
+    codes = training.wait()
+    assert set(codes) == {0}, training.output()
+    found = [[float.fromhex(x) for x in line.split()] for line in training.losses().values()]
+    assert len(found) == 3
+    return found
+
+
+LAYOUTS = {
+    "TP2": ["--tensor-model-parallel-size=2", "--sequence-parallel"],
+    "EP2": ["--expert-model-parallel-size=2"],
+    "PP2": ["--pipeline-model-parallel-size=2"],
+    "CP2": ["--context-parallel-size=2"],
+}
+
+
+@pytest.fixture(scope="module")
+def single(tokenizer: Path, data: dict[str, str]) -> dict[str, list[list[float]]]:
+    """One process, one dialogue a row, by weighting."""
+    weightings = ("token", "dialogue")
+    running = {
+        name: tune(tokenizer, data["single"], f"--k2-sft-weighting={name}") for name in weightings
+    }
+    return {name: curve(training) for name, training in running.items()}
+
+
+def test_losses_and_gradients_of_packed_rows_are_those_of_a_row_each(
+    tokenizer: Path, data: dict[str, str], single: dict[str, Any]
+) -> None:
+    assert num_rows(data["packed"]) <= NUM_DIALOGUES / 2
+    for weighting, wanted in single.items():
+        found = curve(tune(tokenizer, data["packed"], f"--k2-sft-weighting={weighting}"))
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=1e-6, atol=1e-6)
+    assert abs(single["token"][0][0] - single["dialogue"][0][0]) > 1e-3
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_packed_rows_train_alike_in_every_layout(
+    tokenizer: Path, data: dict[str, str], single: dict[str, Any], layout: str
+) -> None:
+    weighting = "dialogue" if layout == "CP2" else "token"  # a dialogue reaches over both ranks
+    flags = [*LAYOUTS[layout], f"--k2-sft-weighting={weighting}"]
+    found = curve(tune(tokenizer, data["packed"], *flags, world_size=2))
+    torch.testing.assert_close(
+        torch.tensor(found), torch.tensor(single[weighting]), rtol=1e-6, atol=1e-6
+    )
+
+
+def test_muonclip_tunes_and_router_biases_keep_their_bits_unless_asked(
+    tokenizer: Path, data: dict[str, str], tmp_path: Path
+) -> None:
+    base = ["--optimizer=muonclip", "--save-interval=1", "--k2-router-bias-rule=sign"]
+    asked = {"frozen": [], "moving": ["--moe-router-bias-update-rate=0.01"]}
+    running = {
+        name: tune(tokenizer, data["packed"], *base, f"--save={tmp_path / name}", *more)
+        for name, more in asked.items()
+    }
+    for training in running.values():
+        found = curve(training)
+        assert found[-1][0] < found[0][0]
+    moved = {}
+    for name in asked:
+        steps = [tensors_of(tmp_path / name / f"iter_000000{step}") for step in (1, 3)]
+        biases = [key for key in steps[0] if key.endswith("expert_bias")]
+        assert biases
+        moved[name] = any(not torch.equal(steps[0][key], steps[1][key]) for key in biases)
+    assert moved == {"frozen": False, "moving": True}
+
+
+def test_rows_that_are_too_long_and_paths_that_are_not_packed_are_refused(
+    tokenizer: Path, data: dict[str, str], tmp_path: Path
+) -> None:
+    short = tune(tokenizer, data["packed"], "--seq-length=64")
+    missing = tune(tokenizer, data["packed"], f"--train-data-path={tmp_path / 'none'}")
+    assert (
+        short.wait() == [2] and "packed into rows of 256; give --seq-length 256" in short.output()
+    )
+    assert missing.wait() == [2], missing.output()
