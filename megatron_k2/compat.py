@@ -90,6 +90,18 @@ OPTIONAL: dict[str, Requirement] = {
         # Fails without pandas, which plain ray does not install.
         symbols=("ray.data:from_items",),
     ),
+    "openai": Requirement(
+        module="openai",
+        distribution="openai",
+        versions=">=2.25,<4",
+        install="pip install 'openai>=2.25,<4'",
+    ),
+    "lm_eval": Requirement(
+        module="lm_eval",
+        distribution="lm-eval",
+        versions=">=0.4.9,<0.5",
+        install="pip install 'megatron-k2[eval]'",
+    ),
     "gguf": Requirement(
         module="gguf",
         distribution="gguf",

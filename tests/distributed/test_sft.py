@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +46,37 @@ def data(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return {name: str(folder / f"{name}_train") for name in ("packed", "single")}
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pretrained checkpoint, which every layout starts from."""
+    folder = tmp_path_factory.mktemp("base")
+    training = zygote().train(
+        *("--train-iters=1", f"--save={folder}", "--save-interval=1", "--vocab-size=692"),
+        *("--tokenizer-type=NullTokenizer", "--no-save-optim"),
+        world_size=1,
+    )
+    assert training.wait() == [0], training.output()
+    return folder
+
+
 def num_rows(prefix: str) -> int:
     from megatron_k2.data.packed_dialogues import PackedRows
 
     return len(PackedRows(prefix))
 
 
-def tune(tokenizer: Path, prefix: str, *more: str, world_size: int = 1) -> Training:
-    """Three steps, each over all dialogues."""
+Tune = Callable[..., Training]
+
+
+@pytest.fixture(scope="module")
+def tune(tokenizer: Path, base: Path) -> Tune:
+    """Start three steps, each over all dialogues."""
+    return functools.partial(_tune, tokenizer, base)
+
+
+def _tune(tokenizer: Path, base: Path, prefix: str, *more: str, world_size: int = 1) -> Training:
     return zygote().train(
-        f"--train-data-path={prefix}",
+        *(f"--train-data-path={prefix}", f"--load={base}", "--finetune"),
         *("--tokenizer-type=KimiTiktokenTokenizer", f"--tokenizer-model={tokenizer}"),
         *("--vocab-size=692", "--seq-length=256", f"--global-batch-size={num_rows(prefix)}"),
         *("--train-iters=3", "--lr-warmup-iters=1", *more),
@@ -80,44 +103,47 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def single(tokenizer: Path, data: dict[str, str]) -> dict[str, list[list[float]]]:
+def single(tune: Tune, data: dict[str, str]) -> dict[str, list[list[float]]]:
     """One process, one dialogue a row, by weighting."""
     weightings = ("token", "dialogue")
-    running = {
-        name: tune(tokenizer, data["single"], f"--k2-sft-weighting={name}") for name in weightings
-    }
+    running = {name: tune(data["single"], f"--k2-sft-weighting={name}") for name in weightings}
     return {name: curve(training) for name, training in running.items()}
 
 
 def test_losses_and_gradients_of_packed_rows_are_those_of_a_row_each(
-    tokenizer: Path, data: dict[str, str], single: dict[str, Any]
+    tune: Tune, data: dict[str, str], single: dict[str, Any]
 ) -> None:
     assert num_rows(data["packed"]) <= NUM_DIALOGUES / 2
     for weighting, wanted in single.items():
-        found = curve(tune(tokenizer, data["packed"], f"--k2-sft-weighting={weighting}"))
+        found = curve(tune(data["packed"], f"--k2-sft-weighting={weighting}"))
         torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=1e-6, atol=1e-6)
     assert abs(single["token"][0][0] - single["dialogue"][0][0]) > 1e-3
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_packed_rows_train_alike_in_every_layout(
-    tokenizer: Path, data: dict[str, str], single: dict[str, Any], layout: str
+    tune: Tune, data: dict[str, str], single: dict[str, Any], layout: str
 ) -> None:
     weighting = "dialogue" if layout == "CP2" else "token"  # a dialogue reaches over both ranks
     flags = [*LAYOUTS[layout], f"--k2-sft-weighting={weighting}"]
-    found = curve(tune(tokenizer, data["packed"], *flags, world_size=2))
+    found = curve(tune(data["packed"], *flags, world_size=2))
     torch.testing.assert_close(
         torch.tensor(found), torch.tensor(single[weighting]), rtol=1e-6, atol=1e-6
     )
 
 
 def test_muonclip_tunes_and_router_biases_keep_their_bits_unless_asked(
-    tokenizer: Path, data: dict[str, str], tmp_path: Path
+    tune: Tune, data: dict[str, str], tmp_path: Path
 ) -> None:
-    base = ["--optimizer=muonclip", "--save-interval=1", "--k2-router-bias-rule=sign"]
+    common = [
+        "--optimizer=muonclip",
+        "--k2-max-attention-logit",
+        "--save-interval=1",
+        "--k2-router-bias-rule=sign",
+    ]
     asked = {"frozen": [], "moving": ["--moe-router-bias-update-rate=0.01"]}
     running = {
-        name: tune(tokenizer, data["packed"], *base, f"--save={tmp_path / name}", *more)
+        name: tune(data["packed"], *common, f"--save={tmp_path / name}", *more)
         for name, more in asked.items()
     }
     for training in running.values():
@@ -133,10 +159,10 @@ def test_muonclip_tunes_and_router_biases_keep_their_bits_unless_asked(
 
 
 def test_rows_that_are_too_long_and_paths_that_are_not_packed_are_refused(
-    tokenizer: Path, data: dict[str, str], tmp_path: Path
+    tune: Tune, data: dict[str, str], tmp_path: Path
 ) -> None:
-    short = tune(tokenizer, data["packed"], "--seq-length=64")
-    missing = tune(tokenizer, data["packed"], f"--train-data-path={tmp_path / 'none'}")
+    short = tune(data["packed"], "--seq-length=64")
+    missing = tune(data["packed"], f"--train-data-path={tmp_path / 'none'}")
     assert (
         short.wait() == [2] and "packed into rows of 256; give --seq-length 256" in short.output()
     )

@@ -34,6 +34,7 @@ FLOORS = {
     "engine": 5,
     "agentic": 5,
     "data": 5,
+    "evaluation": 6,
     "registration": 6,
     "gym": 6,
     "rl": 7,

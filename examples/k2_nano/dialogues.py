@@ -1,0 +1,126 @@
+"""``python examples/k2_nano/dialogues.py OUT.jsonl [NUMBER]``: small talk with tools, from a seed.
+
+Four tasks that a 20 M model learns in minutes: repeat words, count, add by a tool, ask a weather
+tool about one or two cities (two are parallel calls). The same seed gives the same bytes; words and
+numbers are drawn, so that held-out dialogues ask what no other has asked.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+CITIES = (
+    "Rome Paris Oslo Lima Cairo Delhi Tokyo Seoul Quito Hanoi Dakar Perth Turin Lyon Kyoto Malmo"
+)
+WORDS = (
+    "the a class value list return text name file line error open close read write key index path"
+)
+SKIES = "sunny cloudy rainy windy"
+Message = dict[str, Any]
+
+
+def _tool(name: str, description: str, **kinds: str) -> dict[str, Any]:
+    properties = {key: {"type": kind} for key, kind in kinds.items()}
+    parameters = {"type": "object", "properties": properties, "required": list(kinds)}
+    function = {"name": name, "description": description, "parameters": parameters}
+    return {"type": "function", "function": function}
+
+
+TOOLS = [
+    _tool("add", "Add two numbers.", a="integer", b="integer"),
+    _tool("get_weather", "Weather of a city.", city="string"),
+]
+SYSTEM = {"role": "system", "content": "You are K2 nano."}
+
+
+def _user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def _answer(text: str) -> Message:
+    return {"role": "assistant", "content": text}
+
+
+def _calls(*calls: tuple[str, str, dict[str, Any]]) -> Message:
+    return {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [
+            {
+                "id": id,
+                "type": "function",
+                "function": {"name": name, "arguments": json.dumps(arguments)},
+            }
+            for id, name, arguments in calls
+        ],
+    }
+
+
+def _returned(id: str, text: str) -> Message:
+    return {"role": "tool", "tool_call_id": id, "content": text}
+
+
+def repeat(draw: random.Random) -> list[Message]:
+    """Say the words again."""
+    words = " ".join(draw.choices(WORDS.split(), k=draw.randint(1, 4)))
+    return [_user(f"Repeat: {words}"), _answer(words)]
+
+
+def count(draw: random.Random) -> list[Message]:
+    """Count a few numbers up."""
+    first = draw.randint(0, 90)
+    numbers = range(first, first + draw.randint(2, 6))
+    asked = f"Count from {numbers[0]} to {numbers[-1]}."
+    return [_user(asked), _answer(", ".join(map(str, numbers)))]
+
+
+def add(draw: random.Random) -> list[Message]:
+    """Let the tool add."""
+    a, b = draw.randint(0, 99), draw.randint(0, 99)
+    return [
+        _user(f"Add {a} and {b}."),
+        _calls(("functions.add:0", "add", {"a": a, "b": b})),
+        _returned("functions.add:0", str(a + b)),
+        _answer(f"{a} + {b} = {a + b}"),
+    ]
+
+
+def weather(draw: random.Random) -> list[Message]:
+    """Ask about one city, or two at once."""
+    cities = draw.sample(CITIES.split(), draw.randint(1, 2))
+    skies = draw.choices(SKIES.split(), k=len(cities))
+    ids = [f"functions.get_weather:{at}" for at in range(len(cities))]
+    calls = [(id, "get_weather", {"city": city}) for id, city in zip(ids, cities, strict=True)]
+    answer = ", ".join(f"{city}: {sky}" for city, sky in zip(cities, skies, strict=True))
+    return [
+        _user(f"Weather in {' and '.join(cities)}?"),
+        _calls(*calls),
+        *(_returned(id, sky) for id, sky in zip(ids, skies, strict=True)),
+        _answer(answer),
+    ]
+
+
+TASKS: list[Callable[[random.Random], list[Message]]] = [repeat, count, add, weather]
+
+
+def dialogue(seed: int, number: int) -> dict[str, Any]:
+    """Return one dialogue as a row of ``tools/preprocess_sft.py``."""
+    draw = random.Random(f"{seed}/{number}")
+    task = draw.choice(TASKS)
+    row: dict[str, Any] = {"messages": [SYSTEM, *task(draw)]}
+    return row | {"tools": TOOLS} if task in (add, weather) else row
+
+
+def main(out: str, number: str = "4000") -> None:
+    """Write the dialogues."""
+    rows = (json.dumps(dialogue(0, at), ensure_ascii=False) for at in range(int(number)))
+    Path(out).write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,1 @@
+"""Evaluation of a served model: exact answers, tool calls, lm-evaluation-harness."""
