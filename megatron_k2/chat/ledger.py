@@ -264,5 +264,6 @@ class TokenLedger:
                 f"routed experts of {len(given)} of {count} tokens: give them for all or for none"
             )
         if records:
-            known = self.routed_experts or [[] for _ in self.ids]
-            self.routed_experts = known + [[list(layer) for layer in token] for token in given]
+            if self.routed_experts is None:
+                self.routed_experts = [[] for _ in self.ids]
+            self.routed_experts += [[list(layer) for layer in token] for token in given]

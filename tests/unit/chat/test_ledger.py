@@ -187,7 +187,7 @@ def test_a_missing_message_and_a_missing_end_are_found(load) -> None:
 def test_an_answer_under_way_goes_on_after_a_restart(load) -> None:
     format = load()
     ids = spoken(format, CALL + "<|im_end|>")
-    for cut in range(len(ids) + 1):
+    for cut in range(0, len(ids) + 1, 5):
         ledger = TokenLedger.begin(format, [USER], TOOLS)
         ledger.begin_answer()
         ledger.extend(ids[:cut], [-1.0] * cut, [0] * cut)
@@ -235,7 +235,7 @@ def episode(format: KimiFormat, rng: random.Random) -> TokenLedger:
 @pytest.mark.parametrize("template", ["kimi-k2", "kimi-k2-thinking"])
 def test_random_episodes_agree_and_come_back_from_json(load, template: str) -> None:
     format, rng = load(template), random.Random(template)
-    for _ in range(60):
+    for _ in range(40):
         ledger = episode(format, rng)
         agreement(ledger)
         line = to_json(ledger)

@@ -137,8 +137,10 @@ def test_white_space_of_the_windows_is_that_of_isspace() -> None:
 
 def test_the_room_needs_neither_torch_nor_megatron() -> None:
     code = (
-        "import sys, megatron_k2.chat.template, megatron_k2.chat.tokenizer\n"
-        "print({'torch', 'megatron.core', 'transformers'} & set(sys.modules))"
+        "import pkgutil, sys, megatron_k2.chat as room\n"
+        "for module in pkgutil.iter_modules(room.__path__, room.__name__ + '.'):\n"
+        "    __import__(module.name)\n"
+        "print({'torch', 'megatron.core', 'transformers', 'jsonschema'} & set(sys.modules))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "set()"
