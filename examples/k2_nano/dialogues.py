@@ -1,4 +1,5 @@
 """``python examples/k2_nano/dialogues.py OUT.jsonl [NUMBER]``: small talk with tools, from a seed.
+``... --text OUT.jsonl``: the Python library's text, to pretrain on.
 
 Four tasks that a 20 M model learns in minutes: repeat words, count, add by a tool, ask a weather
 tool about one or two cities (two are parallel calls). The same seed gives the same bytes; words and
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +117,26 @@ def dialogue(seed: int, number: int) -> dict[str, Any]:
     return row | {"tools": TOOLS} if task in (add, weather) else row
 
 
+TEXT_BYTES = 4_000_000
+
+
+def library_text() -> Iterator[str]:
+    """Yield JSON lines of the Python library's text, as much as a short pretraining reads."""
+    from megatron_k2.data.documents import read_python_library
+
+    size = 0
+    for document in read_python_library():
+        if size > TEXT_BYTES:
+            return
+        size += len(document.text)
+        yield json.dumps({"text": document.text})
+
+
 def main(out: str, number: str = "4000") -> None:
-    """Write the dialogues."""
+    """Write the dialogues, or the text."""
+    if out == "--text":
+        Path(number).write_text("\n".join(library_text()) + "\n", encoding="utf-8")
+        return
     rows = (json.dumps(dialogue(0, at), ensure_ascii=False) for at in range(int(number)))
     Path(out).write_text("\n".join(rows) + "\n", encoding="utf-8")
 

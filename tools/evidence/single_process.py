@@ -25,13 +25,16 @@ def text_arguments(tokens: Path, cache: Path) -> list[str]:
     ]
 
 
-def train(arguments: Sequence[str], log: Path) -> str:
-    """Run ``megatron_k2.training.pretrain``; return what it printed, also kept in ``log``.
+PRETRAIN, TUNE = "megatron_k2.training.pretrain", "megatron_k2.training.sft"
+
+
+def train(arguments: Sequence[str], log: Path, module: str = PRETRAIN) -> str:
+    """Run a training; return what it printed, also kept in ``log``.
 
     Raises:
         SystemExit: the run failed; names the log.
     """
-    command = [sys.executable, "-m", "megatron_k2.training.pretrain", *arguments]
+    command = [sys.executable, "-W", "ignore", "-m", module, *arguments]
     log.parent.mkdir(parents=True, exist_ok=True)
     for _ in range(ATTEMPTS):
         with socket.socket() as probe:

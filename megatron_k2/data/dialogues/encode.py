@@ -81,8 +81,11 @@ class DialogueEncoder:
         """
         return KimiFormat.load(self.options.tokenizer, self.options.template)
 
-    def encode(self, row: Any) -> Encoded | str:
+    def encode(self, row: Any) -> list[Encoded] | str:
         """Return a dialogue's tokens, or why it is left out.
+
+        One sequence, unless the format drops the reasoning of earlier turns: then every answer is
+        learned after what stood before it when it was given, in sequences of their own.
 
         Notes count ``turns``, ``answers``, ``tool calls``, ``with tools``, ``call problems``,
         ``cut`` and ``tokens cut off``.
@@ -98,8 +101,21 @@ class DialogueEncoder:
             notes["call problems"] = len(check_calls(dialogue.messages, dialogue.tools))
             if notes["call problems"] and self.options.tool_checks == "drop":
                 return "a tool call that its declaration does not allow"
-        ids, owners = self.format.encode_owned(dialogue.messages, dialogue.tools)
-        learned = self._learned(dialogue, owners)
+        views = self.format.training_views(dialogue.messages)
+        if self.options.last_answer_only:
+            views = views[-1:]
+        found = [self._encode_view(dialogue, begin, end) for begin, end in views]
+        whole = [one for one in found if isinstance(one, Encoded)]
+        if not whole:
+            return str(found[-1])
+        whole[0].notes += notes
+        return whole
+
+    def _encode_view(self, dialogue: Dialogue, begin: int, end: int) -> Encoded | str:
+        """Return the messages up to a turn, what is said from another turn on learned."""
+        notes: Counter[str] = Counter()
+        ids, owners = self.format.encode_owned(dialogue.messages[:end], dialogue.tools)
+        learned = self._learned(dialogue, owners, begin)
         longest = self.options.seq_length + 1
         if len(ids) > longest:
             if self.options.truncation == "error":
@@ -129,9 +145,10 @@ class DialogueEncoder:
             (end for end in ends if end <= longest and owners[end - 1].is_produced), default=0
         )
 
-    def _learned(self, dialogue: Dialogue, owners: Sequence[Owner]) -> np.ndarray:
+    def _learned(self, dialogue: Dialogue, owners: Sequence[Owner], begin: int) -> np.ndarray:
         mask = np.array(loss_mask(owners, self.options.learn_reasoning), dtype=np.uint8)
         off = {turn for turn, one in enumerate(dialogue.messages) if one.get("weight") == 0}
+        off |= set(range(begin))
         if self.options.last_answer_only:
             answers = [t for t, one in enumerate(dialogue.messages) if one["role"] == "assistant"]
             off |= set(answers[:-1])

@@ -94,12 +94,15 @@ def make_unit(folder: Path, job: Job, encoder: DialogueEncoder, unit: Unit) -> i
         if isinstance(encoded, str):
             notes[f"left out: {encoded}"] += 1
             continue
-        ids.append(encoded.ids)
-        learned.append(encoded.learned)
-        lengths.append(len(encoded.ids))
-        digest = hashlib.blake2b(encoded.ids.tobytes(), digest_size=8).digest()
-        hashes.append(int.from_bytes(digest, "little"))
-        notes += encoded.notes
+        # By the whole dialogue, so that its sequences are all held out or none.
+        whole = encoded[-1].ids.tobytes()
+        digest = int.from_bytes(hashlib.blake2b(whole, digest_size=8).digest(), "little")
+        for one in encoded:
+            ids.append(one.ids)
+            learned.append(one.learned)
+            lengths.append(len(one.ids))
+            hashes.append(digest)
+            notes += one.notes
     _save(unit_path(folder, unit.number, "tokens"), _joined(ids, np.int32))
     _save(unit_path(folder, unit.number, "learned"), _joined(learned, np.uint8))
     index = {

@@ -19,7 +19,7 @@ from megatron_k2.chat.kimi import KimiFormat
 from megatron_k2.data.dialogues.command import preprocess
 from megatron_k2.data.dialogues.encode import DialogueEncoder, Encoded, Options
 from megatron_k2.data.dialogues.packing import pack
-from tests.unit.chat.kimi_files import write_tokenizer
+from tests.unit.chat.kimi_files import write_thinking_tokenizer, write_tokenizer
 
 TOOL = Path(__file__).resolve().parents[4] / "tools" / "preprocess_sft.py"
 WEATHER = {
@@ -62,9 +62,16 @@ def encoder(tokenizer: Path, **options: Any) -> DialogueEncoder:
     return DialogueEncoder(Options(str(tokenizer), **options))
 
 
-def learned_text(tokenizer: Path, encoded: Encoded | str) -> list[str]:
+def only(found: list[Encoded] | str) -> Encoded:
+    """The one sequence of a dialogue."""
+    assert isinstance(found, list)
+    (one,) = found
+    return one
+
+
+def learned_text(tokenizer: Path, found: list[Encoded] | str | Encoded) -> list[str]:
     """The stretches that are learned, as text."""
-    assert isinstance(encoded, Encoded)
+    encoded = found if isinstance(found, Encoded) else only(found)
     kimi, texts, before = KimiFormat.load(tokenizer), [], 0
     for token, learned in zip(encoded.ids.tolist(), encoded.learned.tolist(), strict=True):
         if learned:
@@ -89,14 +96,13 @@ def test_assistants_words_and_their_ends_are_learned_and_nothing_else(tokenizer:
 
 def test_what_is_too_long_is_cut_as_asked(tokenizer: Path) -> None:
     dialogue = chat("a b c", "first answer", "d e f", "second answer " * 20)
-    whole = encoder(tokenizer).encode(dialogue)
-    assert isinstance(whole, Encoded)
+    whole = only(encoder(tokenizer).encode(dialogue))
     short = {"seq_length": len(whole.ids) - 5}
     turns = encoder(tokenizer, **short).encode(dialogue)
     assert learned_text(tokenizer, turns) == ["first answer<|im_end|>"]
-    assert isinstance(turns, Encoded) and turns.notes["tokens cut off"] > 20
+    assert only(turns).notes["tokens cut off"] > 20
     cut = encoder(tokenizer, truncation="cut", **short).encode(dialogue)
-    assert isinstance(cut, Encoded) and len(cut.ids) == short["seq_length"] + 1
+    assert len(only(cut).ids) == short["seq_length"] + 1
     assert encoder(tokenizer, truncation="drop", **short).encode(dialogue) == "too long"
     assert encoder(tokenizer, seq_length=4).encode(dialogue) == "too long"
     with pytest.raises(ValueError, match="more than --seq-length"):
@@ -107,10 +113,27 @@ def test_calls_that_their_declaration_does_not_allow_are_counted_or_dropped(
     tokenizer: Path,
 ) -> None:
     found = encoder(tokenizer).encode(with_tool(7))
-    assert isinstance(found, Encoded) and found.notes["call problems"] == 1
+    assert only(found).notes["call problems"] == 1
     drops = encoder(tokenizer, tool_checks="drop")
     assert drops.encode(with_tool(7)) == "a tool call that its declaration does not allow"
-    assert isinstance(drops.encode(with_tool()), Encoded)
+    assert isinstance(drops.encode(with_tool()), list)
+
+
+def test_each_thought_is_learned_once_after_what_stood_before_it(tmp_path: Path) -> None:
+    thinking = write_thinking_tokenizer(tmp_path)
+    dialogue = chat("a", "one", "b", "two")
+    for turn in (1, 3):
+        dialogue["messages"][turn]["reasoning_content"] = f"thought {turn}"
+    found = encoder(thinking, template="kimi-k2-thinking").encode(dialogue)
+    assert isinstance(found, list) and len(found) == 2
+    texts = [learned_text(thinking, one) for one in found]
+    assert texts == [
+        ["<think>thought 1</think>one<|im_end|>"],
+        ["<think>thought 3</think>two<|im_end|>"],
+    ]
+    plain = encoder(thinking, template="kimi-k2-thinking", learn_reasoning=False).encode(dialogue)
+    assert isinstance(plain, list)
+    assert [learned_text(thinking, one) for one in plain] == [["one<|im_end|>"], ["two<|im_end|>"]]
 
 
 @pytest.mark.parametrize("capacity", [1, 7, 64])
@@ -160,7 +183,7 @@ def test_rows_come_back_by_megatrons_reader_and_every_dialogue_is_in_one(
     printed = capsys.readouterr().out
     assert "[train]" in printed and "[heldout]" in printed and "answers 600" in printed
     wanted = [encoder(tokenizer, seq_length=256).encode(json.loads(x)) for x in source.open()]
-    by_ids = {one.ids.tobytes(): one.learned for one in wanted if isinstance(one, Encoded)}
+    by_ids = {one.ids.tobytes(): one.learned for one in map(only, wanted)}
     seen = []
     for name in ("train", "heldout"):
         tokens = IndexedDataset(str(tmp_path / f"chat_{name}"))
