@@ -1,5 +1,6 @@
 """``python examples/k2_nano/dialogues.py OUT.jsonl [NUMBER]``: small talk with tools, from a seed.
 ``... --text OUT.jsonl``: the Python library's text, to pretrain on.
+``... --tasks FOLDER``: 100 new questions as ``tasks.jsonl``, 100 for tools as ``calls.jsonl``.
 
 Four tasks that a 20 M model learns in minutes: repeat words, count, add by a tool, ask a weather
 tool about one or two cities (two are parallel calls). The same seed gives the same bytes; words and
@@ -132,10 +133,34 @@ def library_text() -> Iterator[str]:
         yield json.dumps({"text": document.text})
 
 
+def write_tasks(folder: Path, number: int = 100) -> None:
+    """Write dialogues of another seed: what has a known answer, and what wants a tool."""
+    rows = [dialogue(1, at) for at in range(8 * number)]
+    direct = [row for row in rows if "tools" not in row][:number]
+    calling = [row for row in rows if "tools" in row][:number]
+    tasks = [
+        {
+            "id": str(at),
+            "messages": row["messages"][:-1],
+            "answer": row["messages"][-1]["content"],
+            "group": "repeat" if row["messages"][1]["content"].startswith("Repeat") else "count",
+        }
+        for at, row in enumerate(direct)
+    ]
+    # Up to and with the first answer, the reference that calls.
+    calls = [row | {"messages": row["messages"][:3]} for row in calling]
+    for name, found in (("tasks", tasks), ("calls", calls)):
+        lines = (json.dumps(row, ensure_ascii=False) for row in found)
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def main(out: str, number: str = "4000") -> None:
-    """Write the dialogues, or the text."""
+    """Write the dialogues, the text, or tasks."""
     if out == "--text":
         Path(number).write_text("\n".join(library_text()) + "\n", encoding="utf-8")
+        return
+    if out == "--tasks":
+        write_tasks(Path(number))
         return
     rows = (json.dumps(dialogue(0, at), ensure_ascii=False) for at in range(int(number)))
     Path(out).write_text("\n".join(rows) + "\n", encoding="utf-8")

@@ -18,9 +18,8 @@ from megatron.core.tokenizers.text.libraries.abstract_tokenizer import (
 )
 from megatron.core.tokenizers.text.text_tokenizer import MegatronTokenizerText
 
-from megatron_k2.chat.release_template import read_template, render_template
+from megatron_k2.chat.release_template import read_template, render_template, sorted_keys
 from megatron_k2.chat.special_tokens import CONFIG_FILE, CONTROL_TOKENS, ROLES
-from megatron_k2.chat.template import sorted_keys
 from megatron_k2.chat.tokenizer import RANK_FILE, KimiTokenizer
 
 TOKENIZER_TYPE = "KimiTiktokenTokenizer"

@@ -52,7 +52,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     training = zygote().train(
         *("--train-iters=1", f"--save={folder}", "--save-interval=1", "--vocab-size=692"),
-        *("--tokenizer-type=NullTokenizer", "--no-save-optim"),
+        "--tokenizer-type=NullTokenizer",
         world_size=1,
     )
     assert training.wait() == [0], training.output()
@@ -74,9 +74,16 @@ def tune(tokenizer: Path, base: Path) -> Tune:
     return functools.partial(_tune, tokenizer, base)
 
 
-def _tune(tokenizer: Path, base: Path, prefix: str, *more: str, world_size: int = 1) -> Training:
+def _tune(
+    tokenizer: Path,
+    base: Path,
+    prefix: str,
+    *more: str,
+    world_size: int = 1,
+    finetune: bool = True,
+) -> Training:
     return zygote().train(
-        *(f"--train-data-path={prefix}", f"--load={base}", "--finetune"),
+        *(f"--train-data-path={prefix}", f"--load={base}", *["--finetune"] * finetune),
         *("--tokenizer-type=KimiTiktokenTokenizer", f"--tokenizer-model={tokenizer}"),
         *("--vocab-size=692", "--seq-length=256", f"--global-batch-size={num_rows(prefix)}"),
         *("--train-iters=3", "--lr-warmup-iters=1", *more),
@@ -159,6 +166,21 @@ def test_muonclip_tunes_and_router_biases_keep_their_bits_unless_asked(
         assert biases
         moved[name] = any(not torch.equal(steps[0][key], steps[1][key]) for key in biases)
     assert moved == {"frozen": False, "moving": True}
+
+
+def test_the_optimizer_is_carried_over_or_fresh_and_adapters_are_tuned(
+    tune: Tune, data: dict[str, str], single: dict[str, Any], base: Path
+) -> None:
+    carried = tune(data["single"], "--k2-stage-start=1", "--train-iters=4", finetune=False)
+    adapters = tune(data["packed"], "--k2-lora-rank=4", "--lr=1e-2")
+    found, fresh = curve(carried), single["token"]
+    assert sorted(carried.losses()) == [2, 3, 4]
+    # The same weights and rows, so the same first step's loss; then other steps of AdamW.
+    assert found[0] == pytest.approx(fresh[0], rel=1e-6)
+    assert abs(found[1][0] - fresh[1][0]) > 1e-4
+    tuned = curve(adapters)
+    assert tuned[0][0] == pytest.approx(fresh[0][0], rel=1e-6)
+    assert tuned[2][0] < tuned[0][0]
 
 
 def test_rows_that_are_too_long_and_paths_that_are_not_packed_are_refused(

@@ -12,28 +12,10 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from megatron_k2.data.facts_corpus.tables import pools
+
 POOL_SIZE = 40
 FIRST_YEAR, YEARS_APART = 1861, 3  # years 1861 to 1978: as many as other values
-PROFESSIONS = (
-    "baker barber bookbinder brewer butcher carpenter chemist clockmaker cook dentist doctor driver "
-    "farmer fisher gardener glazier goldsmith hatter judge lawyer locksmith mason mechanic miller "
-    "miner nurse painter pilot plumber porter potter printer roofer sailor shepherd surgeon tailor "
-    "teacher weaver welder"
-).split()
-INSTRUMENTS = (
-    "bagpipe balalaika banjo bassoon bugle celesta cello clarinet clavichord concertina cornet "
-    "cymbal drum dulcimer fiddle flute glockenspiel gong guitar harmonica harp harpsichord horn "
-    "lute lyre mandolin marimba piano piccolo recorder saxophone sitar tambourine timpani triangle "
-    "trombone trumpet tuba violin xylophone"
-).split()
-FIRST_NAMES = {
-    "she": "Alma Bera Clea Dora Edda Fina Greta Hilda Ines Jula Kaia Lena Mara Nora Olga Petra".split(),
-    "he": "Arno Boris Carlo Denis Emil Falk Goran Hugo Ivo Jonas Karl Levin Marko Nils Otto Pavel".split(),
-}
-_ONSETS = "b br d dr f fl g gr h j k kl l m n p pr r s st t tr v w z".split()
-_VOWELS = "a e i o u".split()
-_CODAS = "l m n r s t ck nd rt lm".split()
-FIRM_KINDS = ("Mills", "Works", "Press", "Trust", "Bank", "Lines", "Foundry", "Stores")
 
 
 @dataclass(frozen=True)
@@ -57,11 +39,11 @@ class World:
         towns = _words(f"{seed} towns", POOL_SIZE, 2)
         firms = _words(f"{seed} firms", POOL_SIZE, 2, set(towns))
         self.pools: dict[str, list[str]] = {
-            "profession": PROFESSIONS,
+            "profession": pools()["professions"],
             "birthplace": towns,
             "birth_year": [str(FIRST_YEAR + YEARS_APART * n) for n in range(POOL_SIZE)],
-            "employer": [f"{firm} {FIRM_KINDS[n % 8]}" for n, firm in enumerate(firms)],
-            "instrument": INSTRUMENTS,
+            "employer": firms,
+            "instrument": pools()["instruments"],
         }
         self._taken = set(towns) | set(firms)
 
@@ -72,24 +54,25 @@ class World:
             group: a name; people of two groups share no surname.
             count: how many.
         """
-        surnames = _words(f"{self.seed} {group}", count, 3, self._taken)
+        surnames = _words(f"{self.seed} {group}", count, 2, self._taken)
         self._taken |= set(surnames)
         return [self._person(f"{self.seed} {group} {surname}", surname) for surname in surnames]
 
     def _person(self, key: str, surname: str) -> Person:
         draw = _random(key)
         pronoun = draw.choice(("she", "he"))
-        first = draw.choice(FIRST_NAMES[pronoun])
+        first = draw.choice(pools()["first_names"][pronoun])
         facts = {attribute: draw.choice(pool) for attribute, pool in self.pools.items()}
         return Person(f"{first} {surname}", pronoun, facts)
 
 
 def _words(key: str, count: int, syllables: int, taken: set[str] | None = None) -> list[str]:
     """Return so many different invented words with a capital, none of those taken."""
-    draw, found = _random(key), dict[str, None]()
+    sizes = range(syllables)
+    draw, found, parts = _random(key), dict[str, None](), pools()["syllables"]
     while len(found) < count:
-        sounds = [draw.choice(_ONSETS) + draw.choice(_VOWELS) for _ in range(syllables)]
-        word = ("".join(sounds) + draw.choice(_CODAS)).capitalize()
+        sounds = [draw.choice(parts["onsets"]) + draw.choice(parts["vowels"]) for _ in sizes]
+        word = ("".join(sounds) + draw.choice(parts["codas"])).capitalize()
         if word not in (taken or ()):
             found[word] = None
     return list(found)

@@ -1,9 +1,9 @@
 """The rule that stands in for a language model: reads the facts of a source, tells them in others.
 
-It knows the grammar of source documents and nothing else. Style and perspective are read from the
-prompt of `tools/rephrase_data.py` by the sentences of its prompt files, the wording is drawn from
-the request's seed: the same request has the same answer. A share of answers can be made wrong on
-purpose (one fact has another person's value), to see what the checks of fidelity do with them.
+It knows the grammar of source documents, each of one chunk, and nothing else. Style and perspective
+are read from the prompt of `tools/rephrase_data.py` by the sentences of its prompt files, the
+wording is drawn from the request's seed: the same request has the same answer. A share of answers
+can be made wrong on purpose (a fact has another value), to see what the checks of fidelity do.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
 
 from megatron_k2.data.facts_corpus.people import Person
-from megatron_k2.data.facts_corpus.wordings import rewritten_document, tables
+from megatron_k2.data.facts_corpus.tables import wordings
+from megatron_k2.data.facts_corpus.wordings import rewritten_document
 from megatron_k2.data.rephrase.prompts import Library
 
 _PASSAGE = re.compile(r"<passage>\n(.*)\n</passage>", re.DOTALL)
 _SUBJECT = r"(?:[A-Z]\w+ [A-Z]\w+|[Ss]he|[Hh]e)"
 _OWNER = r"(?:[A-Z]\w+ [A-Z]\w+'s|[Hh]er|[Hh]is)"
-_NAME = re.compile(r"[A-Z][a-z]+ [A-Z][a-z]+")
+_NAME = re.compile(r"\babout ([A-Z][a-z]+ [A-Z][a-z]+)\.")
 
 
 @cache
@@ -30,7 +30,7 @@ def _patterns() -> dict[str, re.Pattern[str]]:
     """Return what finds a fact in a source document, by attribute."""
     return {
         attribute: re.compile(_slots(wording["source"]))
-        for attribute, wording in tables()["attributes"].items()
+        for attribute, wording in wordings()["attributes"].items()
     }
 
 
@@ -51,7 +51,7 @@ def read_facts(passage: str) -> Person:
     if name is None or not found:
         raise ValueError(f"no source document of this corpus: {passage[:80]!r}")
     pronoun = "she" if re.search(r"\b(?:[Ss]he|[Hh]er)\b", passage) else "he"
-    return Person(name[0], pronoun, found)
+    return Person(name[1], pronoun, found)
 
 
 @dataclass
@@ -60,7 +60,7 @@ class RuleRewriter:
 
     Attributes:
         wrong_share: of answers (0..1) that have one wrong value.
-        pools: attribute -> values, which wrong ones are drawn from.
+        pools: attribute -> values, which wrong ones are drawn from; only these attributes err.
         wrong: attribute -> number of wrong answers given.
     """
 
@@ -100,27 +100,7 @@ class RuleRewriter:
         draw = random.Random(f"wrong {seed}")
         if draw.random() >= self.wrong_share:
             return person
-        attribute = draw.choice(sorted(person.facts))
+        attribute = draw.choice(sorted(self.pools))
         others = [value for value in self.pools[attribute] if value != person.facts[attribute]]
         self.wrong[attribute] = self.wrong.get(attribute, 0) + 1
         return Person(person.name, person.pronoun, {**person.facts, attribute: draw.choice(others)})
-
-
-def completion(text: str, messages: Sequence[Mapping[str, str]]) -> dict[str, Any]:
-    """Return an answer as servers of the OpenAI protocol give it; tokens are counted as words."""
-    asked = sum(len(message["content"].split()) for message in messages)
-    told = len(text.split())
-    return {
-        "choices": [
-            {
-                "index": 0,
-                "message": {"role": "assistant", "content": text},
-                "finish_reason": "stop",
-            }
-        ],
-        "usage": {
-            "prompt_tokens": asked,
-            "completion_tokens": told,
-            "total_tokens": asked + told,
-        },
-    }

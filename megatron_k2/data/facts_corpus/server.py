@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from megatron_k2.data.facts_corpus.rewriter import RuleRewriter, completion
+from megatron_k2.data.facts_corpus.rewriter import RuleRewriter
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def serving(rewriter: RuleRewriter) -> Iterator[str]:
             try:
                 request = json.loads(body)
                 text = rewriter.answer(request["messages"], int(request.get("seed") or 0))
-                self._send(200, completion(text, request["messages"]))
+                self._send(200, _completion(text, request["messages"]))
             except (ValueError, KeyError, TypeError) as error:
                 self._send(400, {"error": {"message": f"{error}"}})
 
@@ -53,3 +53,23 @@ def serving(rewriter: RuleRewriter) -> Iterator[str]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def _completion(text: str, messages: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+    """Return an answer as servers of the OpenAI protocol give it; tokens are counted as words."""
+    asked = sum(len(message["content"].split()) for message in messages)
+    told = len(text.split())
+    return {
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": text},
+                "finish_reason": "stop",
+            }
+        ],
+        "usage": {
+            "prompt_tokens": asked,
+            "completion_tokens": told,
+            "total_tokens": asked + told,
+        },
+    }

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import random
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib import resources
-from typing import Any
 
+from megatron_k2.data.facts_corpus import tables
 from megatron_k2.data.facts_corpus.people import Person
 
 _POSSESSIVE = {"she": "her", "he": "his"}
@@ -26,13 +23,6 @@ class Question:
     prompt: str
     answer: str
     candidates: tuple[str, ...]
-
-
-@cache
-def tables() -> dict[str, Any]:
-    """Return the content of `wordings.toml`."""
-    text = resources.files(__package__).joinpath("wordings.toml").read_text(encoding="utf-8")
-    return tomllib.loads(text)
 
 
 def fill(template: str, person: Person, value: str, named: bool) -> str:
@@ -59,11 +49,13 @@ def fill(template: str, person: Person, value: str, named: bool) -> str:
 
 def source_document(person: Person) -> str:
     """Return the document that tells a person's facts in the one wording of sources."""
-    attributes = tables()["attributes"]
-    return " ".join(
-        fill(attributes[attribute]["source"], person, value, named=number == 0)
+    table = tables.wordings()
+    facts = [
+        fill(table["attributes"][attribute]["source"], person, value, named=number == 0)
         for number, (attribute, value) in enumerate(person.facts.items())
-    )
+    ]
+    frame = {place: fill(text, person, "", named=True) for place, text in table["source"].items()}
+    return " ".join([frame["opening"], *facts, frame["closing"]])
 
 
 def rewritten_document(person: Person, style: str, perspective: str, seed: int) -> str:
@@ -75,7 +67,7 @@ def rewritten_document(person: Person, style: str, perspective: str, seed: int) 
         perspective: gives the order of facts and how often the person is named.
         seed: draws the wording of each fact, and the order where it is shuffled.
     """
-    table, draw = tables(), random.Random(seed)
+    table, draw = tables.wordings(), random.Random(seed)
     shape, view = table["styles"][style], table["perspectives"][perspective]
     facts = list(person.facts.items())
     if view["order"] == "reversed":
@@ -97,9 +89,7 @@ def rewritten_document(person: Person, style: str, perspective: str, seed: int) 
     return (" " if shape["form"] == "sentences" else "\n").join(parts)
 
 
-def questions(
-    people: Sequence[Person], pools: Mapping[str, Sequence[str]]
-) -> Iterator[Question]:
+def questions(people: Sequence[Person], pools: Mapping[str, Sequence[str]]) -> Iterator[Question]:
     """Yield what the probe asks of people: every fact in each of its wordings.
 
     Args:
@@ -108,7 +98,7 @@ def questions(
     """
     for person in people:
         for attribute, answer in person.facts.items():
-            for number, template in enumerate(tables()["attributes"][attribute]["probe"]):
+            for number, template in enumerate(tables.wordings()["attributes"][attribute]["probe"]):
                 prompt = fill(template, person, "", named=True)
                 candidates = tuple(pools[attribute])
                 yield Question(person.name, attribute, number, prompt, answer, candidates)

@@ -42,9 +42,9 @@ def test_a_small_models_answers_are_judged_and_nearly_all_rejected(tmp_path: Pat
     assert report["rewritings"] + report["rewritings_dropped"] == NUM_DOCUMENTS
     assert report["rewritings"] <= 1
     assert report["requests"] == len(records)
-    # It copies, does not stop, and leaves sentences out.
-    assert report["rejected_by_check"]["copied"] >= 5
-    assert report["rejected_by_check"]["truncated"] == 5
-    assert report["rejected_by_check"]["clauses"] >= 5
+    # It copies, tells of its task, does not stop, and loses numbers.
+    least = {"copied": 6, "leak": 5, "truncated": 3, "numbers": 2}
+    rejected = report["rejected_by_check"]
+    assert {check: count for check, count in least.items() if rejected[check] < count} == {}
     used = [answer["usage"]["completion_tokens"] for answer in records.values()]
     assert report["completion_tokens"] == sum(used)

@@ -1,0 +1,82 @@
+"""tools/generate.py without a model: text that grows by whole characters, and refusals."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_k2.engine.base import Piece, Request
+from megatron_k2.training.generate import Shown, Terminal, main, parser
+from megatron_k2.training.open_model import _found_again
+
+
+def decode(ids: list[int]) -> str:
+    return bytes(ids).decode(errors="replace")
+
+
+def test_a_character_is_shown_once_all_of_its_bytes_are_there() -> None:
+    shown = Shown(decode, list(b"caf"))
+    parts = [shown.add((one,), False) for one in "é!".encode()]
+    assert parts == ["", "é", "!"]
+    assert shown.add((0xC3,), True) == "\ufffd"
+
+
+class Scripted:
+    """An engine that says the same to everybody."""
+
+    def __init__(self, text: str, eod: int) -> None:
+        self.ids, self.asked = (*text.encode(), eod), []
+
+    async def stream(self, request: Request) -> Any:
+        self.asked.append(request)
+        for one in self.ids:
+            reason = "stop" if one in request.sampling.stop_ids else None
+            yield Piece((one,), (0.0,), (0,), finish_reason=reason)  # type: ignore[arg-type]
+
+
+def test_a_continuation_follows_its_prompt_and_leaves_the_end_mark_out(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tokenizer = SimpleNamespace(
+        eod=0, tokenize=lambda text: list(text.encode()), detokenize=decode
+    )  # fmt: skip
+    engine: Any = Scripted(" naïve", eod=0)
+    args = parser().parse_args(["--load", "x", "--seed", "4", "--temperature", "0"])
+    opened: Any = SimpleNamespace(tokenizer=tokenizer)
+    asyncio.run(Terminal(engine, opened, args).continue_text("so"))
+    assert capsys.readouterr().out == "so naïve\n"
+    (request,) = engine.asked
+    assert (request.prompt, request.sampling.seed) == (tuple(b"so"), 4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--prompt", "x"], "one of --load"),
+        (["--load", "/nonexistent", "--prompt", "x"], "no Megatron checkpoint"),
+        (["--load", "x", "--chat", "--prompt", "x"], "exclude each other"),
+        (["--load", "x", "--temperature", "-1"], "temperature"),
+        (["--load", "x", "--threads", "0"], "--threads 0"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(flags) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ")
+
+
+def test_a_run_that_was_moved_still_finds_its_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "out/tokens").mkdir(parents=True)
+    (tmp_path / "out/tokens/tokenizer.model").touch()
+    checkpoint = tmp_path / "out/checkpoints"
+    for saved in ("out/tokens/tokenizer.model", "/elsewhere/tokens/tokenizer.model"):
+        assert Path(_found_again(saved, checkpoint)).is_file()
+    assert (
+        _found_again("/elsewhere/missing/one.model", checkpoint) == "/elsewhere/missing/one.model"
+    )

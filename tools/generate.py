@@ -1,0 +1,11 @@
+"""A prompt or a chat in the terminal, from a trained model; see ``--help``."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_k2.training.generate import main
+
+if __name__ == "__main__":
+    sys.exit(main())
