@@ -26,7 +26,7 @@ LONGEST_LOOP = 400  # characters of what is repeated
 PACKED = 0.22  # of the size after compression; prose packs to 0.4 to 0.6 at these lengths
 PACKED_FROM = 400  # bytes; shorter texts do not pack
 REPEATS = 0.5  # of the answer's 8-word runs stand in what was rewritten before
-COPIED = 0.8  # of the answer's 5-word runs stand in the source
+COPIED = 0.8  # of the answer's 5-word runs stand in the source, or of the source's in the answer
 _TAGS = re.compile(r"</?(?:excerpt|passage|rewritten|source)>|<\|[a-z_]+\|>|</?think>")
 _PREAMBLE = re.compile(
     r"\A\W*(?:sure|certainly|of course|okay|here(?:'s| is| are)|below is|as an ai"
@@ -141,9 +141,11 @@ def _length(answer: str, passage: str, bounds: tuple[float, float]) -> str:
 
 
 def _copied(answer: str, passage: str) -> str:
-    ours = _runs(answer, 5)
-    share = len(ours & _runs(passage, 5)) / max(1, len(ours))
-    return f"{share:.0%} word by word" if len(ours) >= 8 and share > COPIED else ""
+    """Say how much of the answer is the passage's, or of the passage stands in the answer."""
+    ours, theirs = _runs(answer, 5), _runs(passage, 5)
+    sizes = [len(runs) for runs in (ours, theirs) if len(runs) >= 8]  # fewer say little
+    share = len(ours & theirs) / min(sizes) if len(ours) >= 8 else 0.0
+    return f"{share:.0%} word by word" if share > COPIED else ""
 
 
 @lru_cache(maxsize=256)  # a prompt's and an excerpt's are asked for again and again

@@ -138,6 +138,10 @@ def test_languages_are_told_apart(language: str, text: str) -> None:
 
 
 PASSAGE = make_text(5, 6)
+CHATTER = (
+    "I will give you this new version of it now, as you asked me to, and hope that you like it. "
+    * 2
+)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +158,7 @@ PASSAGE = make_text(5, 6)
         ("language", GERMAN, "stop"),
         ("length", rewrite(PASSAGE)[:60], "stop"),
         ("copied", PASSAGE, "stop"),
+        ("copied", f"{PASSAGE} {CHATTER}", "stop"),
     ],
 )
 def test_faults_of_answers_are_named(fault: str, answer: str, finish_reason: str) -> None:
