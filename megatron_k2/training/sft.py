@@ -10,7 +10,8 @@ A rate, a schedule and ``--optimizer muonclip`` are given as in pretraining.
 
 the optimizer: ``--load BASE --finetune`` begins afresh, at iteration 0. To carry momenta and step
 counts over from pretraining, leave ``--finetune`` out, give ``--k2-stage-start ITERATION``, the
-iteration of BASE's checkpoint, and ``--train-iters`` beyond it, as a stage of a recipe does.
+iteration of BASE's checkpoint, and ``--train-iters`` beyond it, as a stage of a recipe does; the
+schedule is that of the flags, at the run's count of samples.
 
 example (two processes on a laptop, from a Hugging Face folder):
   torchrun --nproc-per-node 2 -m megatron_k2.training.sft --k2-load-hf out/pretrain/hf \\
@@ -50,6 +51,8 @@ SFT_DEFAULTS: dict[str, Any] = {
     "calculate_per_token_loss": True,
     "moe_router_bias_update_rate": 0.0,
     "moe_aux_loss_coeff": 0.0,
+    # Where the optimizer is carried over, its schedule is not: the flags' holds.
+    "override_opt_param_scheduler": True,
 }
 """Laid over the preset's; an explicit flag wins."""
 
