@@ -14,7 +14,7 @@ import pytest
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "rephrasing" / "run.py"
 TINY = (
-    *("--people", "4", "--background-people", "4", "--background-rewritings", "60"),
+    *("--people", "4", "--background-people", "4", "--background-rewritings", "200"),
     *("--vocab-size", "700", "--base-steps", "24", "--seeds", "1", "2"),
 )
 WAIT_S = 600
