@@ -4,13 +4,14 @@ SHELL := /bin/bash
 PYTHON_VENV := .venv/bin/python
 export PYTHON
 
-.PHONY: help setup pretrain recipe-nano test test-te evidence bench format lint docs-check clean
+.PHONY: help setup pretrain recipe-nano test test-te test-vllm evidence bench format lint docs-check clean
 
 help:
 	@echo "make pretrain    train k2-nano on real text: INPUT=file.jsonl OUT=folder MINUTES=3"
 	@echo "make recipe-nano every stage of Kimi K2's recipe, made small: OUT=folder"
 	@echo "make test        ruff, mypy and the tests"
 	@echo "make test-te     the tests of tests/te, in .venv-te with Transformer Engine (MAX_JOBS=1)"
+	@echo "make test-vllm   an export in vLLM on the CPU, in .venv-vllm (6 GB)"
 	@echo "make evidence    the heavy proofs that make test leaves out"
 	@echo "make bench       every bench of tools/bench"
 	@echo "make setup       only .venv;  PYTHON=/path/to/python3.12 names the interpreter"
@@ -45,6 +46,11 @@ test: lint
 test-te: setup
 	@tools/setup_te.sh
 	.venv-te/bin/python -m pytest -q -rs --durations=5 tests/te
+
+# An export in vLLM on the CPU: a download of 6 GB.
+test-vllm: setup
+	@tools/setup_vllm.sh
+	$(PYTHON_VENV) -m pytest -q -rs tests/vllm
 
 evidence: setup
 	$(PYTHON_VENV) -m pytest -q -rs --durations=10 -m evidence

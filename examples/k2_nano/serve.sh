@@ -18,6 +18,7 @@ until curl -sf "http://127.0.0.1:$port/health" >/dev/null; do
   kill -0 "$server"
   sleep 1
 done
+"$python" examples/k2_nano/talk.py "http://127.0.0.1:$port/v1"
 "$python" examples/k2_nano/dialogues.py --tasks "$out"
 "$python" tools/evaluate.py tools --dialogues "$out/calls.jsonl" --max-tokens 96 \
   --server "http://127.0.0.1:$port/v1" --model k2-nano --output "$out/evaluation/tools"

@@ -21,7 +21,7 @@ from megatron_k2.engine.cache import LatentCache
 from megatron_k2.engine.forward import Reduce, forward
 from megatron_k2.engine.sampling import Choice, choose_tokens
 from megatron_k2.engine.scheduler import Limits, Scheduler, Sequence
-from megatron_k2.engine.weights import bind_weights
+from megatron_k2.engine.weights import ModelWeights, bind_weights
 
 UnderWay = Literal["keep", "recompute"]
 
@@ -77,6 +77,11 @@ class LocalCore:
         self.weight_version = weight_version
         self._record_routes = record_routes
         self._aborted: list[tuple[str, Piece]] = []
+
+    @property
+    def weights(self) -> ModelWeights:
+        """Return what the next step computes with, for a sync to compare."""
+        return self._weights
 
     @property
     def has_work(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 from megatron_k2.checkpoint import intact
@@ -26,6 +27,7 @@ def _time(message: str, text: str) -> str:
     return found[1]
 
 
+@pytest.mark.evidence  # 30 s of waiting
 def test_slow_asynchronous_saves_hold_the_weights_of_their_own_step(tmp_path: Path) -> None:
     """The first save's shards wait until the next step has changed the live weights in place."""
     at_once, later = tmp_path / "sync", tmp_path / "async"

@@ -101,6 +101,7 @@ def test_an_engine_holds_all_weights_once_and_a_latent_a_token(served: list[Engi
     assert rates == sorted(rates, reverse=True)
 
 
+@pytest.mark.evidence  # 12 s of pricing
 def test_more_requests_at_once_are_slower_each_and_faster_together(cluster: Cluster) -> None:
     model = Model("k2-nano")
     few, many = (

@@ -54,6 +54,7 @@ def test_each_setting_keeps_less_and_whole_recomputation_only_the_input(
     assert pieces["full"]["dense"].saved_bytes == 2 * TOKENS * HIDDEN
 
 
+@pytest.mark.evidence  # 8 s of pricing
 def test_experts_spread_over_ranks_are_fewer_here_and_as_much_work() -> None:
     alone, two, four = (
         trace_pieces([*COMMAND, *MEMORY["keep"], f"--expert-model-parallel-size={ranks}"], ranks)[

@@ -232,6 +232,7 @@ def test_bad_input_is_one_line_and_status_two(tmp_path, monkeypatch, capsys, arg
     assert error.count("\n") == 1 and message in error
 
 
+@pytest.mark.evidence  # 20 s; the examples run it too
 def test_the_real_trainer_is_run_and_its_losses_are_of_each_domain(data, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     flags = [

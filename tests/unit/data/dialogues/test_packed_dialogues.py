@@ -1,4 +1,4 @@
-"""What training reads of a packed row: labels inside dialogues, weights, places, orders of epochs."""
+"""What training reads of a packed row: labels in dialogues, weights, places, orders of epochs."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Reinforcement learning: weights to the engine, rollouts, objective."""

@@ -1,0 +1,99 @@
+"""The protocol of a sync, and the order that all of them keep.
+
+Announce the version to the gate, have the trainer's fingerprint, change the engine's weights, have
+the engine's own fingerprint, compare, and only then open the gate. Whatever goes wrong refuses the
+version: rollouts then get the reason as an error, never a token. K2 does the same with a checkpoint
+engine beside every trainer (arXiv 2507.20534, 3.3.1); what it checks is not published.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from megatron_k2.engine.base import Engine
+from megatron_k2.rl.sync.fingerprint import Fingerprint, differences, refuse_differences
+from megatron_k2.rl.sync.gate import GatedEngine
+
+
+class WeightSync(Protocol):
+    """Brings the trainer's weights of a version into an engine."""
+
+    async def push(self, version: int) -> Fingerprint:
+        """Change the engine's weights; return the fingerprint that both sides agree on.
+
+        Args:
+            version: above the engine's present one.
+
+        Raises:
+            SyncRefused: they do not agree; names what differs. No rollout until a later push does.
+            ValueError: the version is not above the engine's.
+        """
+
+
+class Receiver(Protocol):
+    """The engine's side."""
+
+    @property
+    def engine(self) -> Engine:
+        """The engine itself, behind the gate."""
+
+    async def fingerprint(self, version: int) -> Fingerprint:
+        """Return the fingerprint of what the engine has now, and claims to be ``version``."""
+
+
+class Push:
+    """What every sync does; subclasses say how weights travel.
+
+    Args:
+        receiver: the engine's side.
+        gate: what rollouts sample from.
+        tolerance_nats: of log-probabilities, see ``fingerprint.TOLERANCE_NATS``.
+    """
+
+    def __init__(self, receiver: Receiver, gate: GatedEngine, tolerance_nats: float) -> None:
+        self._receiver, self._gate, self._tolerance = receiver, gate, tolerance_nats
+        self._agreed: Fingerprint | None = None
+
+    async def push(self, version: int) -> Fingerprint:
+        """Change the engine's weights; see ``WeightSync``."""
+        present = self._receiver.engine.weight_version
+        if version <= present and self._agreed is not None:
+            raise ValueError(f"version {version} must be above the engine's {present}")
+        self._gate.begin(version)
+        try:
+            trainer = await self._publish(version)
+            await self._bring(version)
+            await self._compare(trainer)
+        except BaseException as error:
+            self._gate.refuse(version, f"weights {version}: {error or type(error).__name__}")
+            raise
+        self._agreed = trainer
+        self._gate.confirm(version)
+        return trainer
+
+    async def verify(self) -> None:
+        """Compare again what was agreed on with what the engine has now; before a rollout, say.
+
+        Raises:
+            SyncRefused: the engine's weights are no longer those; the gate is shut.
+        """
+        if self._agreed is None:
+            raise ValueError("nothing was pushed yet")
+        try:
+            await self._compare(self._agreed)
+        except BaseException as error:
+            version = self._agreed.version
+            self._gate.refuse(version, f"weights {version}: {error or type(error).__name__}")
+            raise
+
+    async def _publish(self, version: int) -> Fingerprint:
+        """Return the trainer's fingerprint; send or write its weights if that comes first."""
+        raise NotImplementedError
+
+    async def _bring(self, version: int) -> None:
+        """Change the engine's weights."""
+        raise NotImplementedError
+
+    async def _compare(self, trainer: Fingerprint) -> None:
+        engine = await self._receiver.fingerprint(trainer.version)
+        refuse_differences(differences(trainer, engine, self._tolerance), trainer.version)
