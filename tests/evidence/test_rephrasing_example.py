@@ -15,9 +15,9 @@ import pytest
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "rephrasing" / "run.py"
 TINY = (
     *("--people", "4", "--background-people", "4", "--background-rewritings", "200"),
-    *("--vocab-size", "700", "--base-steps", "24", "--seeds", "1", "2"),
+    *("--vocab-size", "700", "--base-steps", "24", "--seeds", "1"),
 )
-WAIT_S = 600
+WAIT_S = 1200
 
 
 @pytest.mark.evidence
@@ -34,7 +34,7 @@ def test_the_example_survives_a_kill_and_reports_every_arm(tmp_path: Path) -> No
     written = first.stat().st_mtime_ns
     subprocess.run(command, check=True, timeout=WAIT_S)
     assert first.stat().st_mtime_ns == written  # what was done is not done again
-    assert len(list(tmp_path.glob("arm/runs/*/result.json"))) == 6
+    assert len(list(tmp_path.glob("arm/runs/*/result.json"))) == 3
     results = json.loads((tmp_path / "results.json").read_text())
     arms = {"raw x 10", "1 x 10", "10 x 1"}
     assert arms <= results["choice"].keys() and arms <= results["exact"].keys()

@@ -28,7 +28,7 @@ from tests.unit.chat.kimi_files import write_tokenizer
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 START_S = 600
-TOLERANCE_NATS = 0.06
+TOLERANCE_NATS = 0.02  # 0.003 was seen
 PROMPT = tuple(range(100, 140))
 HEADS = ("--kv-lora-rank", "512", "--qk-head-dim", "128", "--qk-pos-emb-head-dim", "64")
 
@@ -61,7 +61,7 @@ def url(export: Path) -> Iterator[str]:
         *(str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(export)),
         *("--skip-tokenizer-init", "--dtype", "bfloat16", "--max-model-len", "256"),
         *("--port", str(port), "--served-model-name", "k2", "--max-logprobs", "5"),
-        *("--gpu-memory-utilization", "0.2"),  # of the host's memory, on the CPU
+        *("--gpu-memory-utilization", "0.2", "--enforce-eager"),  # of the host's memory
     ]
     log = export.parent / "vllm.log"
     with log.open("wb") as output:

@@ -22,11 +22,11 @@ class WeightSync(Protocol):
         """Change the engine's weights; return the fingerprint that both sides agree on.
 
         Args:
-            version: above the engine's present one.
+            version: above the last that was agreed on; the first may be the engine's own.
 
         Raises:
             SyncRefused: they do not agree; names what differs. No rollout until a later push does.
-            ValueError: the version is not above the engine's.
+            ValueError: the version is too low.
         """
 
 
@@ -57,8 +57,9 @@ class Push:
     async def push(self, version: int) -> Fingerprint:
         """Change the engine's weights; see ``WeightSync``."""
         present = self._receiver.engine.weight_version
-        if version <= present and self._agreed is not None:
-            raise ValueError(f"version {version} must be above the engine's {present}")
+        least = present if self._agreed is None else self._agreed.version + 1
+        if version < least:
+            raise ValueError(f"version {version} must be {least} or more: the engine has {present}")
         self._gate.begin(version)
         try:
             trainer = await self._publish(version)
