@@ -3,9 +3,10 @@
 Text is never sent nor read: the prompt is a list of ids, and the answer's ids come back as vLLM's
 ``token_ids``, or as "token_id:N" among the log-probabilities. A request is tried again only while
 none of its tokens has come; an abort closes the connection, on which servers stop generating.
-Shown against our own server, and vLLM 0.32 on a CPU (tests/vllm); SGLang was not run. Their log-probabilities must be those of
-the unchanged logits (vLLM: ``--logprobs-mode raw_logprobs``, its default). They do not tell the
-version of their weights: whoever changes them sets ``weight_version``.
+Shown against our own server, and vLLM 0.32 on a CPU (tests/vllm); SGLang was not run. Their
+log-probabilities must be those of the unchanged logits (vLLM: ``--logprobs-mode raw_logprobs``, its
+default). They do not tell the version of their weights: whoever changes them sets
+``weight_version``.
 """
 
 from __future__ import annotations
