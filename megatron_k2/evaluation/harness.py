@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_k2.compat import optional
 from megatron_k2.evaluation.asking import Server
+from megatron_k2.evaluation.intervals import Z_95
 
 
 def run_harness(
@@ -68,7 +69,19 @@ def run_harness(
         limit=limit,
         apply_chat_template=not tokenizer,
     )
-    return {
-        task: {name: value for name, value in scores.items() if name != "alias"}
-        for task, scores in found["results"].items()
-    }
+    return {task: with_intervals(scores) for task, scores in found["results"].items()}
+
+
+def with_intervals(scores: dict[str, Any]) -> dict[str, Any]:
+    """Return a task's scores, each with the normal 95 % interval of its standard error.
+
+    Args:
+        scores: the harness': ``METRIC,FILTER`` and ``METRIC_stderr,FILTER``.
+    """
+    kept = {name: value for name, value in scores.items() if name not in ("alias", "name")}
+    for name, value in scores.items():
+        metric, comma, rule = name.partition(",")
+        error = scores.get(f"{metric}_stderr{comma}{rule}")
+        if comma and isinstance(value, int | float) and isinstance(error, int | float):
+            kept[f"{metric}_interval,{rule}"] = [value - Z_95 * error, value + Z_95 * error]
+    return kept

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from megatron_k2.evaluation.command import evaluate
+from megatron_k2.evaluation.harness import with_intervals
 from megatron_k2.evaluation.intervals import bootstrap_mean, wilson
 from megatron_k2.evaluation.tasks import RULES, read_tasks
 
@@ -228,6 +229,13 @@ def test_tool_calls_are_checked_by_name_schema_and_count(tmp_path: Path) -> None
     assert found["problems"] == {"json": 1, "name": 1, "schema": 1}
     assert found["trigger_f1"] == 2 * 4 / (4 + 5)
     assert found["finish_reasons"] == {"stop": 1, "tool_calls": 4}
+
+
+def test_the_harness_scores_get_intervals_from_their_standard_errors() -> None:
+    scores = {"alias": "t", "acc,none": 0.5, "acc_stderr,none": 0.1, "n,none": 3, "sample_len": 9}
+    found = with_intervals(scores)
+    assert found["acc_interval,none"] == pytest.approx([0.5 - 0.196, 0.5 + 0.196], abs=1e-4)
+    assert "n_interval,none" not in found and found["sample_len"] == 9
 
 
 @pytest.mark.parametrize(
