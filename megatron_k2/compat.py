@@ -109,6 +109,28 @@ OPTIONAL: dict[str, Requirement] = {
         versions=">=0.10,<1",
         install="pip install 'megatron-k2[smollm2]'",
     ),
+    "checkpoint_engine": Requirement(
+        module="checkpoint_engine",
+        distribution="checkpoint-engine",
+        # 0.4.2 is what rl/sync/checkpoint_engine.py was written for; it was not run.
+        versions=">=0.4,<0.5",
+        install="pip install 'megatron-k2[checkpoint-engine]'",
+        needs_gpu=True,
+        symbols=("checkpoint_engine.ps:ParameterServer",),
+    ),
+    "vllm": Requirement(
+        module="vllm",
+        distribution="vllm",
+        # Not run. Its releases changed this API: the names decide.
+        versions="",
+        install="pip install vllm (a release whose NCCLWeightTransferEngine has trainer_init; "
+        "others are synced by disk)",
+        needs_gpu=True,
+        symbols=(
+            "vllm.distributed.weight_transfer.nccl_engine:NCCLWeightTransferEngine",
+            "vllm.distributed.weight_transfer.nccl_engine:NCCLTrainerSendWeightsArgs",
+        ),
+    ),
 }
 
 

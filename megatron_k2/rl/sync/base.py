@@ -2,7 +2,8 @@
 
 Announce the version to the gate, have the trainer's fingerprint, change the engine's weights, have
 the engine's own fingerprint, compare, and only then open the gate. Whatever goes wrong refuses the
-version: rollouts then get the reason as an error, never a token. K2 does the same with a checkpoint
+version, and the one before if the engine may have been changed: rollouts then get the reason as an
+error, never a token. K2 does the same with a checkpoint
 engine beside every trainer (arXiv 2507.20534, 3.3.1); what it checks is not published.
 """
 
@@ -61,12 +62,15 @@ class Push:
         if version < least:
             raise ValueError(f"version {version} must be {least} or more: the engine has {present}")
         self._gate.begin(version)
+        touched = [version]
         try:
             trainer = await self._publish(version)
+            touched.append(present)  # from here on the engine's old weights may be half gone
             await self._bring(version)
             await self._compare(trainer)
         except BaseException as error:
-            self._gate.refuse(version, f"weights {version}: {error or type(error).__name__}")
+            for one in touched:
+                self._gate.refuse(one, f"weights {version}: {error or type(error).__name__}")
             raise
         self._agreed = trainer
         self._gate.confirm(version)

@@ -20,7 +20,7 @@ from tests.unit.model.tiny import tiny_fields
 CONFIG = config_from_arguments(
     tiny_fields(
         multi_latent_attention=True, swiglu=True, vocab_size=VOCABULARY, rotary_base=50000,
-        max_position_embeddings=512, init_method_std=0.02,
+        max_position_embeddings=512, init_method_std=0.02, num_experts=7, norm_epsilon=1e-6,
     )
 )  # fmt: skip
 SHAPE = shape_from_config(CONFIG)

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from megatron_k2.checkpoint.names import regions
+from megatron_k2.compat import optional
 from megatron_k2.engine.base import Request, Sampling
 from megatron_k2.rl.sync import disk_writer, versions
+from megatron_k2.rl.sync.checkpoint_engine import CheckpointEngineSync
 from megatron_k2.rl.sync.disk import DiskSync, write_version
 from megatron_k2.rl.sync.disk_writer import DiskWriter
 from megatron_k2.rl.sync.fingerprint import Fingerprint, SyncRefused, differences
+from megatron_k2.rl.sync.gate import GatedEngine
 from megatron_k2.rl.sync.in_process import InProcessSync, copy_
-from megatron_k2.rl.sync.live import LiveWeights
+from megatron_k2.rl.sync.live import LivePart, LiveWeights
 from megatron_k2.rl.sync.probe import trainer_top
 from megatron_k2.rl.sync.sums import partial_sum
+from megatron_k2.rl.sync.vllm_native import VLLMNativeSync
+from megatron_k2.rl.sync.whole import whole_tensors
 from tests.unit.engine.small_models import VOCABULARY, build, prompt_of, randomise_
 from tests.unit.rl.sync_setting import CONFIG, SHAPE, Setting, answer, difference, with_setting
 
@@ -227,6 +236,40 @@ def test_tokens_of_an_unconfirmed_version_wait_and_are_refused_with_it(
     with_setting(other, use)
 
 
+def test_a_load_that_breaks_off_shuts_the_old_version_too(trainer: Any, other: Any) -> None:
+    async def use(setting: Setting) -> None:
+        sync = in_process(trainer, setting)
+        await sync.push(1)
+        sync._trainer = LiveWeights([build(moe_ffn_hidden_size=36, q_lora_rank=None)], SHAPE, "F32")
+        sync._publish = lambda version: asyncio.sleep(0)  # type: ignore[method-assign]
+        with pytest.raises(ValueError, match="the trainer has no such tensor"):
+            await sync.push(2)
+        assert setting.engine.weight_version == 1
+        with pytest.raises(SyncRefused, match="the trainer has no such tensor"):
+            await answer(setting.gate)
+
+    with_setting(other, use)
+
+
+def test_rectangles_of_a_tensor_are_written_at_their_places(tmp_path: Path) -> None:
+    whole = torch.randn(6, 5).bfloat16()
+    region = next(one for one in regions(SHAPE) if len(one.shape) == 2)
+    region = replace(region, shape=(6, 5))
+    file = tmp_path / "file"
+    file.write_bytes(bytes(3 + whole.nbytes))
+    handle = os.open(file, os.O_WRONLY)
+    for rows, columns in (
+        (slice(0, 4), slice(0, 2)),
+        (slice(0, 4), slice(2, 5)),
+        (slice(4, 6), slice(0, 5)),
+    ):
+        values = whole[rows, columns].contiguous()
+        part = LivePart(region, (rows.start, columns.start), values)
+        disk_writer._write_rectangle(handle, 3, part, values)
+    os.close(handle)
+    assert file.read_bytes()[3:] == whole.view(torch.uint8).numpy().tobytes()
+
+
 def test_a_missing_or_reshaped_tensor_is_named(trainer: Any, other: Any) -> None:
     narrow = build(moe_ffn_hidden_size=20)
     with pytest.raises(ValueError, match=r"linear_fc1\.weight.* in the trainer.*by disk"):
@@ -253,25 +296,32 @@ def test_log_probabilities_see_what_no_checksum_does(trainer: Any, other: Any) -
     with_setting(other, use)
 
 
+def killed_at(target: str, calls: int) -> None:
+    """Have this process killed when the writer calls ``target`` for that time."""
+    real, made = getattr(disk_writer, target), itertools.count(1)
+
+    def deadly(*args: Any, **named: Any) -> Any:
+        if next(made) == calls:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **named)
+
+    setattr(disk_writer, target, deadly)
+
+
 def test_a_killed_writer_leaves_the_last_version_and_is_cleaned_up(
-    trainer: Any, other: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trainer: Any, other: Any, tmp_path: Path
 ) -> None:
     writer = writer_of(trainer, tmp_path)
     top = trainer_top(trainer, VOCABULARY)
     writer.write(1, top)
-    for version, target in ((2, "_write_at"), (3, "write_manifest"), (4, "publish")):
+    for version, target, calls in (
+        (2, "_write_at", 20),
+        (3, "write_manifest", 1),
+        (4, "publish", 1),
+    ):
         child = os.fork()
-        if child == 0:  # one thread, no torch threads: dies after a few calls
-            left = [20 if target == "_write_at" else 1]
-            real = getattr(disk_writer, target)
-
-            def deadly(*args: Any, **named: Any) -> Any:
-                left[0] -= 1
-                if left[0] <= 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return real(*args, **named)  # noqa: B023 - called before the next round
-
-            setattr(disk_writer, target, deadly)
+        if child == 0:  # one thread of torch: none is lost by the fork
+            killed_at(target, calls)
             try:
                 writer.write(version, top)
             finally:
@@ -290,3 +340,22 @@ def test_a_killed_writer_leaves_the_last_version_and_is_cleaned_up(
     with_setting(other, use)
     writer.write(5, top)
     assert sorted(one.name for one in tmp_path.iterdir()) == ["LATEST", "v000001", "v000005"]
+
+
+def test_whole_tensors_are_the_files_and_gpu_transports_say_what_to_install(
+    trainer: Any, tmp_path: Path
+) -> None:
+    write_version(writer_of(trainer, tmp_path), 1)
+    stored = load_file(tmp_path / "v000001" / "model.safetensors")
+    live = LiveWeights([trainer], SHAPE, "F32")
+    whole = dict(whole_tensors(live))
+    assert whole.keys() == stored.keys()
+    assert all(torch.equal(one, stored[name]) for name, one in whole.items())
+    nothing: Any = None
+    gate = GatedEngine(nothing)
+    if not optional("vllm").usable:
+        with pytest.raises(ImportError, match="pip install vllm"):
+            VLLMNativeSync(live, nothing, gate, ("localhost", 1))
+    if not optional("checkpoint_engine").usable:
+        with pytest.raises(ImportError, match=r"megatron-k2\[checkpoint-engine\]"):
+            CheckpointEngineSync(live, nothing, gate, "http://localhost", 8)
