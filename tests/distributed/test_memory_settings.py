@@ -30,7 +30,7 @@ CASES = {
     "TP2 x EP2, ETP2": Case("", 4, layout_of(tp=2, ep=2, etp=2), micro_batch_size=2),
     "TP2 x PP2 x EP2": Case("", 8, layout_of(tp=2, pp=2, ep=2, etp=1), micro_batch_size=2),
 }
-WIDE = {"EP2 ZeRO-1", "PP2 x VPP2 uneven", "TP2 x EP2, ETP2", "TP2 x PP2 x EP2"}
+WIDE = {"EP2 ZeRO-1", "TP2 SP", "PP2 x VPP2 uneven", "TP2 x EP2, ETP2", "TP2 x PP2 x EP2"}
 
 
 class Start:
