@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from megatron_k2.engine import host_kernels
 from megatron_k2.engine.batch import Chunk, DecodeGroup
 from megatron_k2.engine.weights import LatentWeights
 
@@ -84,11 +85,16 @@ def _values(weights: LatentWeights, mixed: Tensor) -> Tensor:
 def _decode(weights: LatentWeights, query: Tensor, pages: Tensor, group: DecodeGroup) -> Tensor:
     """Attend one query a sequence; [sequences, heads x v]. Softmax and its inputs are fp32."""
     sequences, _, length = group.mask.shape
+    absorbed = _absorbed(weights, query)
     latent = query.size(-1) - weights.k_up.size(1)
     rank = pages.size(-1) - latent
+    if host_kernels.suit(absorbed):
+        places = group.pages.view(sequences, length)
+        mixed = host_kernels.attend(absorbed, rank, pages, places, group.ends, weights.scale)
+        return _values(weights, mixed.transpose(0, 1))
     cached = pages.index_select(0, group.pages).view(sequences, length, -1).float()
     scores = torch.baddbmm(
-        group.mask, _absorbed(weights, query).float(), cached.transpose(1, 2), alpha=weights.scale
+        group.mask, absorbed.float(), cached.transpose(1, 2), alpha=weights.scale
     )
     mixed = torch.bmm(torch.softmax(scores, -1), cached[..., :rank])
     return _values(weights, mixed.transpose(0, 1).to(query.dtype))

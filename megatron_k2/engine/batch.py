@@ -49,11 +49,13 @@ class DecodeGroup:
     Attributes:
         rows: of the step.
         pages: [sequences x length] int64, cache rows of their tokens, padded.
+        ends: [sequences] int64, how many of them are tokens.
         mask: fp32 [sequences, 1, length], -inf where a key is padding.
     """
 
     rows: slice
     pages: Tensor
+    ends: Tensor
     mask: Tensor
 
 
@@ -190,4 +192,4 @@ def _group(
     mask = torch.zeros(len(spans), 1, longest, device=device)
     mask.masked_fill_(hidden[:, None], -torch.inf)
     pages = _rows_of_blocks(tables, device)[:, :longest].flatten()
-    return DecodeGroup(rows, pages, mask)
+    return DecodeGroup(rows, pages, ends, mask)

@@ -1,9 +1,9 @@
 """Routed experts of a step: every chosen expert computes every row, none is dropped.
 
-Scores, choice and weights are the router's (model/router.py) without its masks: rows are sorted by
-expert and go through ``grouped_mm``, which reads only the weights of experts that have rows. For 32
-rows of k2-nano on one thread it takes 3.5 ms a layer, as a loop of products does; one batched
-product padded to the busiest expert takes 4.1 ms, and 2.1 ms against 0.17 ms for a single row.
+Scores, choice and weights are the router's (model/router.py) without its masks. In fp32 on a host
+compiled kernels compute the chosen experts (host_kernels.py): 32 rows of k2-nano take 1.7 ms a
+layer on one thread. Elsewhere rows sorted by expert go through ``grouped_mm``, which reads only
+the weights of experts that have rows and takes 3.5 ms there for its products alone.
 Under expert parallelism every rank has all rows and computes those of its experts.
 """
 
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_k2.engine import host_kernels
 from megatron_k2.engine.weights import ExpertWeights, GatedWeights
 from megatron_k2.model.router import _EPSILON
 from megatron_k2.model.swiglu import swiglu_forward
@@ -20,6 +21,10 @@ from megatron_k2.model.swiglu import swiglu_forward
 
 def gated_mlp(weights: GatedWeights, x: Tensor) -> Tensor:
     """Return SwiGLU of ``x`` [rows, hidden]; a partial sum over tensor parallelism."""
+    if weights.is_packed:
+        rows = x.size(0)
+        only = torch.zeros(rows, 1, dtype=torch.int64)
+        return host_kernels.experts(x, only, x.new_ones(rows, 1), 0, weights.fc1, weights.fc2)
     return F.linear(swiglu_forward(F.linear(x, weights.fc1)), weights.fc2)
 
 
@@ -34,7 +39,7 @@ def choose(weights: ExpertWeights, x: Tensor) -> tuple[Tensor, Tensor]:
         global expert indices int64 [rows, topk], best first, and fp32 [rows, topk], whose sum over
         a row is the scaling factor.
     """
-    scores = torch.sigmoid(F.linear(x.to(weights.router.dtype), weights.router).float())
+    scores = torch.sigmoid(host_kernels.linear(x.to(weights.router.dtype), weights.router).float())
     biased = scores if weights.bias is None else scores + weights.bias
     experts = torch.topk(biased, weights.topk, dim=-1).indices
     chosen = scores.gather(1, experts)
@@ -53,6 +58,8 @@ def expert_mlp(weights: ExpertWeights, x: Tensor, experts: Tensor, probs: Tensor
     Returns:
         [rows, hidden], a partial sum over expert and expert tensor parallelism.
     """
+    if weights.is_packed:
+        return host_kernels.experts(x, experts, probs, weights.first, weights.fc1, weights.fc2)
     rows, topk = experts.shape
     local, first = weights.fc1.size(0), weights.first
     by_expert = experts.flatten()

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_k2.engine import host_kernels
 from megatron_k2.engine.attention import attend, turned
 from megatron_k2.engine.batch import StepBatch
 from megatron_k2.engine.cache import LatentCache
@@ -82,12 +83,14 @@ def forward(
         x = x + _mlp(layer, x, batch.logit_rows, reduce, routes)
     if batch.logit_rows is not None:
         x = x.index_select(0, batch.logit_rows)
-    return reduce.joined(F.linear(_normed(x, weights.norm), weights.output)).float()
+    return reduce.joined(host_kernels.linear(_normed(x, weights.norm), weights.output)).float()
 
 
 def _normed(x: Tensor, norm: Norm | None) -> Tensor:
     if norm is None:
         return x
+    if host_kernels.suit(x):
+        return host_kernels.rms_norm(x, norm.weight, norm.eps)
     return F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps)
 
 
@@ -107,18 +110,34 @@ def _attention(
     """Return the attention's output [rows, hidden] and write the rows' latents."""
     heads, nope, rank = weights.k_up.shape
     rope = pages.size(1) - rank
-    down = F.linear(_normed(x, weights.norm), weights.down)
+    down = host_kernels.linear(_normed(x, weights.norm), weights.down)
     first, latent, key = down.tensor_split([down.size(1) - rank - rope, down.size(1) - rope], -1)
     if weights.q_up is not None:
-        first = F.linear(_normed(first, weights.q_norm), weights.q_up)
+        first = host_kernels.linear(_normed(first, weights.q_norm), weights.q_up)
+    query = first.contiguous().view(-1, heads, nope + rope)
+    if host_kernels.suit(query):
+        norm = weights.kv_norm
+        host_kernels.place(
+            down[:, -rank - rope :], None if norm is None else norm.weight,
+            0.0 if norm is None else norm.eps, weights.turns, batch.positions, batch.pages, pages,
+            query,
+        )  # fmt: skip
+    else:
+        query = _placed(weights, latent, key, query, pages, batch)
+    attended = attend(weights, query, pages, batch.groups, batch.chunks)
+    return reduce.over(reduce.tp, host_kernels.linear(attended, weights.out))
+
+
+def _placed(
+    weights: LatentWeights, latent: Tensor, key: Tensor, query: Tensor, pages: Tensor,
+    batch: StepBatch,
+) -> Tensor:  # fmt: skip
+    """Write the rows' normed latents and rotated keys into pages; return the rotated query."""
     turns = weights.turns.index_select(0, batch.positions)
     latents = torch.cat((_normed(latent, weights.kv_norm), turned(key, turns)), -1)
     pages.index_copy_(0, batch.pages, latents)
-    query = first.view(-1, heads, nope + rope)
-    still, turning = query.tensor_split([nope], -1)
-    query = torch.cat((still, turned(turning, turns[:, None])), -1)
-    attended = attend(weights, query, pages, batch.groups, batch.chunks)
-    return reduce.over(reduce.tp, F.linear(attended, weights.out))
+    still, turning = query.tensor_split([weights.k_up.size(1)], -1)
+    return torch.cat((still, turned(turning, turns[:, None])), -1)
 
 
 def _mlp(

@@ -3,14 +3,15 @@
 ``bind_weights`` walks a GPTModel of the local K2 spec and returns views of its parameters, with
 few exceptions that are made anew at each call, so that the engine binds again after every change of
 weights: the down-projections are joined into one product (under tensor parallelism gathered first),
-adapters are added to their weights, the router's is widened to its dtype, and in host memory the
-experts' are copied with the input's axis first. Products of a few rows then need not repack them
-(76 us instead of 95 for 4 rows of 256 x 256), at the price of the experts' bytes once more. What
-this forward pass does not compute is refused by the flag's name.
+adapters are added to their weights, the router's is widened to its dtype, and fp32 matrices in host
+memory are laid out for its kernels (host_kernels.py), at the price of their bytes again; without
+kernels the experts' are there copied with the input's axis first. What this forward pass does not
+compute is refused by the flag's name.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from megatron_k2.adapters import scale_of
 from megatron_k2.device import is_on_host
+from megatron_k2.engine import host_kernels
 from megatron_k2.model.experts import K2GroupedMLP
 from megatron_k2.model.lora_experts import AdaptedGroupedLinear
 from megatron_k2.model.mla import K2MLASelfAttention
@@ -63,10 +65,18 @@ class LatentWeights:
 
 @dataclass(frozen=True)
 class GatedWeights:
-    """A SwiGLU MLP: fc1 [2 ffn, hidden], gate rows first; fc2 [hidden, ffn]; cut over ``tp``."""
+    """A SwiGLU MLP: fc1 [2 ffn, hidden], gate rows first; fc2 [hidden, ffn]; cut over ``tp``.
+
+    Or both in panels as those of a single expert, see host_kernels.py.
+    """
 
     fc1: Tensor
     fc2: Tensor
+
+    @property
+    def is_packed(self) -> bool:
+        """Tell whether the weights are laid out for the host's kernels."""
+        return self.fc2.dim() == 4
 
 
 @dataclass(frozen=True)
@@ -79,7 +89,8 @@ class ExpertWeights:
         topk: experts of a token.
         scaling: factor of the normalised probabilities.
         first: global index of this rank's first expert.
-        fc1: [local experts, hidden, 2 ffn]; fc2: [local experts, ffn, hidden].
+        fc1: [local experts, hidden, 2 ffn]; fc2: [local experts, ffn, hidden]; or both in panels,
+            see host_kernels.py.
         shared: the shared expert, or None.
     """
 
@@ -91,6 +102,11 @@ class ExpertWeights:
     fc1: Tensor
     fc2: Tensor
     shared: GatedWeights | None
+
+    @property
+    def is_packed(self) -> bool:
+        """Tell whether the experts' weights are laid out for the host's kernels."""
+        return self.fc2.dim() == 4
 
 
 @dataclass(frozen=True)
@@ -142,7 +158,7 @@ def bind_weights(model: Any, max_positions: int) -> ModelWeights:
             embedding.vocab_start_index,
             layers,
             _norm(model.decoder.final_layernorm),
-            (embedding.weight if output is None else output).detach(),
+            host_kernels.for_products((embedding.weight if output is None else output).detach()),
         )
 
 
@@ -201,7 +217,7 @@ def _bind_attention(layer: Any, max_positions: int, turns: dict[Any, Tensor]) ->
     else:
         first = _gathered(_matrix(attention.linear_q_down_proj), group)
         q_norm = _norm(attention.q_layernorm)
-        q_up = _matrix(attention.linear_q_up_proj)
+        q_up = host_kernels.for_products(_matrix(attention.linear_q_up_proj))
     heads = attention.num_attention_heads_per_partition
     kv_up = _matrix(attention.linear_kv_up_proj).view(heads, -1, config.kv_lora_rank)
     rotary = attention.rotary_pos_emb
@@ -210,13 +226,13 @@ def _bind_attention(layer: Any, max_positions: int, turns: dict[Any, Tensor]) ->
         turns[key] = _turns(rotary, max_positions, kv_down.device)
     return LatentWeights(
         norm=cast("Norm", _norm(layer.input_layernorm)),
-        down=torch.cat((first, kv_down)),
+        down=host_kernels.for_products(torch.cat((first, kv_down))),
         q_norm=q_norm,
         q_up=q_up,
         kv_norm=_norm(attention.kv_layernorm),
         k_up=kv_up[:, : config.qk_head_dim],
         v_up=kv_up[:, config.qk_head_dim :],
-        out=_matrix(attention.linear_proj),
+        out=host_kernels.for_products(_matrix(attention.linear_proj)),
         scale=float(attention.softmax_scale),
         turns=turns[key],
     )
@@ -242,19 +258,24 @@ def _bind_experts(layer: Any) -> ExpertWeights:
     dtypes = {"fp32": torch.float32, "fp64": torch.float64}
     weight = router.weight.detach()
     return ExpertWeights(
-        router=weight.to(dtypes.get(config.moe_router_dtype, weight.dtype)),
+        router=host_kernels.for_products(
+            weight.to(dtypes.get(config.moe_router_dtype, weight.dtype))
+        ),
         bias=None if router.expert_bias is None else router.expert_bias.detach(),
         topk=router.topk,
         scaling=config.moe_router_topk_scaling_factor or 1.0,
         first=layer.local_expert_indices[0],
-        fc1=_matrices(experts.linear_fc1, config),
-        fc2=_matrices(experts.linear_fc2, config),
+        fc1=_matrices(experts.linear_fc1, config, host_kernels.packed_gated),
+        fc2=_matrices(experts.linear_fc2, config, host_kernels.packed),
         shared=None if layer.shared_experts is None else _bind_gated(layer.shared_experts),
     )
 
 
 def _bind_gated(mlp: Any) -> GatedWeights:
-    return GatedWeights(_matrix(mlp.linear_fc1), _matrix(mlp.linear_fc2))
+    fc1, fc2 = _matrix(mlp.linear_fc1), _matrix(mlp.linear_fc2)
+    if host_kernels.suit(fc1):
+        return GatedWeights(host_kernels.packed_gated(fc1[None]), host_kernels.packed(fc2[None]))
+    return GatedWeights(fc1, fc2)
 
 
 def _norm(module: Any) -> Any:
@@ -273,13 +294,15 @@ def _matrix(leaf: Any) -> Tensor:
     return torch.addmm(weight, leaf.lora_B.detach(), leaf.lora_A.detach(), alpha=leaf.lora_scale)
 
 
-def _matrices(leaf: Any, config: Any) -> Tensor:
-    """Return the local experts' weights [experts, in, out], their adapters added."""
+def _matrices(leaf: Any, config: Any, pack: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the local experts' weights [experts, in, out] or packed, their adapters added."""
     weight: Tensor = leaf.weight.detach()
     if isinstance(leaf, AdaptedGroupedLinear) and leaf.factors[0] is not None:
         down, up = (factor.detach() for factor in leaf.factors if factor is not None)
         scale = scale_of(config.k2_lora_rank, config.k2_lora_alpha)
         weight = torch.baddbmm(weight, up, down, alpha=scale)
+    if host_kernels.suit(weight):
+        return pack(weight)
     by_input = weight.transpose(1, 2)
     return by_input.contiguous() if is_on_host(weight) else by_input
 

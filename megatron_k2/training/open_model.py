@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -35,6 +36,10 @@ _BESIDE_PRESETS = (
     *("k2_lora_rank", "k2_lora_alpha", "k2_lora_targets", "k2_lora_seed", "num_query_groups"),
     *("group_query_attention", "moe_layer_recompute", "rotary_interleaved", "bf16", "fp16"),
 )
+
+_HF_CONTEXT = 4096
+"""Tokens of a context unless --max-context or --seq-length says otherwise: config.json says
+how many positions there are, not how many the machine's memory holds. K2's pre-training length."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ def open_model(
         if "tokenizer_model" in defaults:
             defaults["tokenizer_model"] = _found_again(defaults["tokenizer_model"], Path(load))
     else:
-        defaults = _hf_tokenizer(Path(str(load_hf)))
+        defaults = _hf_defaults(Path(str(load_hf)))
     defaults |= dict(no_load_optim=True, no_load_rng=True, micro_batch_size=1)
     argv = ["--load", str(load)] if load else ["--k2-load-hf", str(load_hf)]
     _alone_without_launcher()
@@ -154,10 +159,20 @@ def _from_hf(args: Any) -> Any:
     return unwrap_model(chunks)[0].eval()
 
 
-def _hf_tokenizer(folder: Path) -> dict[str, Any]:
-    """Return the tokenizer's arguments of a Hugging Face folder."""
+def _hf_defaults(folder: Path) -> dict[str, Any]:
+    """Return the arguments of a Hugging Face folder that its shape does not give.
+
+    Raises:
+        UsageError: it has no config.json.
+    """
     kind = "KimiTiktokenTokenizer" if (folder / "tiktoken.model").is_file() else ""
-    return dict(tokenizer_type=kind or "HuggingFaceTokenizer", tokenizer_model=str(folder))
+    found = dict(tokenizer_type=kind or "HuggingFaceTokenizer", tokenizer_model=str(folder))
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except OSError as error:
+        raise UsageError(f"--k2-load-hf {folder}: {error}") from error
+    positions = config.get("max_position_embeddings", _HF_CONTEXT)
+    return found | dict(seq_length=min(positions, _HF_CONTEXT), max_position_embeddings=positions)
 
 
 def _found_again(path: str, checkpoint: Path) -> str:

@@ -22,6 +22,7 @@ FLOORS = {
     "inputs": 1,
     "journal": 1,
     "upstream_errors": 1,
+    "host_library": 0,
     "fp8": 1,
     "checkpoint": 2,
     "max_logit": 2,

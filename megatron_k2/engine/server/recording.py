@@ -92,7 +92,8 @@ def read_records(path: Path) -> dict[str, dict[str, Any]]:
         values = [json.loads(line) for line in lines if line.strip()]
         return {value["request"]: value["answer"] for value in values if "request" in value}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--replay {path}: {error}") from error
+        why = error.strerror if isinstance(error, OSError) else error  # which names the file again
+        raise ValueError(f"--replay {path}: {why}") from error
 
 
 def make_replay_app(records: dict[str, dict[str, Any]], model: str, api_key: str = "") -> Starlette:
