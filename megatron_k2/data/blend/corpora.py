@@ -23,6 +23,7 @@ HEADER = b"MMIDIDX\x00\x00"
 VERSION = 1
 DTYPES: dict[int, np.dtype] = {4: np.dtype(np.int32), 8: np.dtype(np.uint16)}
 """Megatron's codes of token types (``DType``, megatron/core/datasets/indexed_dataset.py)."""
+_ANEW = "bring it back, or tokenise anew by tools/preprocess_data.py"
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,8 @@ def _read_index(path: Path, where: str) -> tuple[np.ndarray, np.ndarray, np.dtyp
         if version != VERSION or code not in DTYPES:
             raise ValueError(f"{where}: {path} has version {version} and token type {code}")
         counts = np.fromfile(file, dtype=np.int64, count=2)
-        if len(counts) < 2 or path.stat().st_size < 34 + 12 * counts[0] + 8 * counts[1]:
+        size = path.stat().st_size
+        if len(counts) < 2 or counts.min() < 0 or size < 34 + 12 * counts[0] + 8 * counts[1]:
             raise ValueError(f"{where}: {path} is cut off")
         lengths = np.fromfile(file, dtype=np.int32, count=counts[0])
         pointers = np.fromfile(file, dtype=np.int64, count=counts[0])
@@ -165,11 +167,55 @@ def _find_side(corpus: Corpus, index: Path) -> Side | None:
         summary = Path(f"{prefix}.json")
         if not summary.is_file():
             continue
-        table = json.loads(summary.read_text())
-        indices = [name for name in table.get("files", {}) if name.endswith(".idx")]
+        where = f"corpus {corpus.name}: side file"
+        table = _read_summary(summary, where)
+        indices = [name for name in table.get("files", ()) if name.endswith(".idx")]
         if index.name in indices:
-            places = np.fromfile(f"{prefix}.provenance.bin", dtype=RECORD)
+            places = _read_places(prefix, len(table["sources"]), where)
             return Side(prefix, table, places, indices.index(index.name))
     if corpus.side_files is not None:
         raise ValueError(f"corpus {corpus.name}: {corpus.side_files}.json is not of {index.name}")
     return None
+
+
+def _read_summary(path: Path, where: str) -> dict[str, Any]:
+    """Return ``PREFIX.json``; an empty table of a file that is another's, such as JSONL input.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # a whole value, and more: lines of JSON
+            return {}
+        raise ValueError(f"{where} {path}: damaged, not JSON ({error}): {_ANEW}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{where} {path}: cannot be read ({error}): {_ANEW}") from error
+    if not isinstance(table, dict) or not isinstance(table.get("files"), dict):
+        return {}
+    sources = table.get("sources")
+    whole = isinstance(table.get("settings"), dict) and isinstance(sources, list)
+    if not whole or not all(_is_source(source) for source in sources or ()):
+        raise ValueError(f"{where} {path}: damaged, lacks settings or sources: {_ANEW}")
+    return table
+
+
+def _is_source(source: Any) -> bool:
+    return (
+        isinstance(source, dict)
+        and isinstance(source.get("path"), str)
+        and isinstance(source.get("num_bytes"), int)
+    )
+
+
+def _read_places(prefix: Path, num_sources: int, where: str) -> np.ndarray:
+    """Return the provenance of all documents."""
+    path = f"{prefix}.provenance.bin"
+    try:
+        places = np.fromfile(path, dtype=RECORD)
+    except OSError as error:
+        raise ValueError(f"{where} {path}: {error.strerror or error}: {_ANEW}") from error
+    if len(places) and int(places["source"].max()) >= num_sources:
+        raise ValueError(f"{where} {path}: damaged, names sources that {prefix}.json has not")
+    return places

@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Set
@@ -109,6 +110,11 @@ def _parse(table: Mapping[str, Any], read_recipe: ReadRecipe) -> Manifest:
     _check_keys("the manifest", table, {"corpora", "stages"}, optional)
     if "scale" in table and "recipe" not in table:
         raise ValueError("scale: of which recipe? set recipe")
+    for key in ("corpora", "stages"):
+        _check_tables(key, table[key])
+    for key in ("recipe", "scale"):
+        if key in table and (not isinstance(table[key], str) or not table[key]):
+            raise ValueError(f"{key} = {table[key]!r} must be a text")
     corpora = tuple(_corpus(entry) for entry in table["corpora"])
     names = [corpus.name for corpus in corpora]
     if not names or len(set(names)) < len(names):
@@ -205,10 +211,18 @@ def _budget(where: str, entry: Mapping[str, Any], in_epochs: bool) -> Budget:
         steps = _whole(f"{where}: steps", entry["steps"], 1)
     elif "tokens" in entry:
         tokens = entry["tokens"]
-        if not isinstance(tokens, int | float) or round(tokens / (seq_length * batch)) < 1:
+        is_number = isinstance(tokens, int | float) and not isinstance(tokens, bool)
+        if not is_number or not math.isfinite(tokens):
+            raise ValueError(f"{where}: tokens = {tokens!r} must be a number")
+        if round(tokens / (seq_length * batch)) < 1:
             raise ValueError(f"{where}: tokens = {tokens!r} are less than half a step")
         steps = round(tokens / (seq_length * batch))  # the nearest, as recipes have it
     return Budget(entry["name"], steps, seq_length, batch)
+
+
+def _check_tables(key: str, value: Any) -> None:
+    if not isinstance(value, list) or not all(isinstance(entry, Mapping) for entry in value):
+        raise ValueError(f"{key} = {str(value)[:60]} must be tables, each under a line [[{key}]]")
 
 
 def _check_keys(where: str, table: Mapping[str, Any], needed: Set[str], optional: Set[str]) -> None:

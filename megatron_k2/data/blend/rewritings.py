@@ -118,7 +118,8 @@ def _read_file(
             _note(found, document, _loads(data))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{where}: {path} line {at} is no record of tools/rephrase_data.py ({error!r})"
+                f"{where}: {path} line {at} is no record of tools/rephrase_data.py "
+                f"({type(error).__name__}: {error})"  # no repr: that of bad UTF-8 is the line
             ) from error
         document, line = next(wanted, (-1, -1))
         if document < 0:

@@ -14,6 +14,7 @@ from megatron_k2.data.dialogues.encode import TOOL_CHECKS, TRUNCATIONS, Options
 from megatron_k2.data.dialogues.run import run
 from megatron_k2.data.dialogues.units import Job
 from megatron_k2.data.preprocess import publish
+from megatron_k2.data.preprocess.claim import read_prefix
 from megatron_k2.data.preprocess.sources import find_sources
 from megatron_k2.inputs import positive_int
 
@@ -54,10 +55,7 @@ def preprocess(argv: Sequence[str] | None = None) -> list[str] | None:
     for source in sources:
         if source.format == "text":
             raise ValueError(f"--input {source.path}: dialogues are .jsonl or .parquet")
-    prefix = Path(args.output_prefix)
-    if not prefix.name:
-        raise ValueError(f"--output-prefix {args.output_prefix}: give a name, not a folder")
-    prefix.parent.mkdir(parents=True, exist_ok=True)
+    prefix = read_prefix(args.output_prefix)
     options = Options(
         tokenizer=args.tokenizer_model,
         template=args.template,

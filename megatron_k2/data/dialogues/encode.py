@@ -20,6 +20,7 @@ from megatron_k2.chat.kimi import KimiFormat
 from megatron_k2.chat.messages import Dialogue, read_dialogue
 from megatron_k2.chat.schema import check_calls
 from megatron_k2.chat.template import Owner, loss_mask
+from megatron_k2.data.preprocess.kimi import named_model
 
 Truncation = Literal["turns", "cut", "drop", "error"]
 TRUNCATIONS = ("turns", "cut", "drop", "error")
@@ -79,7 +80,8 @@ class DialogueEncoder:
         Raises:
             ValueError: the tokenizer or the template cannot be used.
         """
-        return KimiFormat.load(self.options.tokenizer, self.options.template)
+        with named_model(self.options.tokenizer):
+            return KimiFormat.load(self.options.tokenizer, self.options.template)
 
     def encode(self, row: Any) -> list[Encoded] | str:
         """Return a dialogue's tokens, or why it is left out.

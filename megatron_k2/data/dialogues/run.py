@@ -24,6 +24,7 @@ from megatron_k2.data.dialogues.encode import DialogueEncoder
 from megatron_k2.data.dialogues.packing import pack
 from megatron_k2.data.dialogues.rows import SETS, Dialogues, publish, write_rows
 from megatron_k2.data.dialogues.units import Job, Unit, is_made, make_unit, unit_path
+from megatron_k2.data.preprocess.claim import named_by
 from megatron_k2.data.preprocess.sequences import token_dtype
 from megatron_k2.journal import CheckedLines, JournalBusy
 
@@ -63,13 +64,14 @@ def run(
         raise ValueError(f"{published} is there; remove it, or give another --output-prefix")
     encoder = DialogueEncoder(job.options)
     vocab_size = encoder.format.tokenizer.vocab_size  # refuses a bad tokenizer before all else
-    journal = _claim(folder, job)
+    with named_by(f"--output-prefix {prefix}"):
+        journal, made = _claim(folder, job)
     try:
         units = job.units()
-        _encode(folder, job, encoder, units, workers, progress)
-        dialogues = Dialogues(folder, len(units))
+        _encode(made, job, encoder, units, workers, progress)
+        dialogues = Dialogues(made, len(units))
         if not len(dialogues.lengths):
-            raise ValueError(f"--input: no dialogue is left ({dict(_notes(folder, units))})")
+            raise ValueError(f"--input: no dialogue is left ({dict(_notes(made, units))})")
         summary = {
             "version": 1,
             "settings": {
@@ -79,7 +81,7 @@ def run(
                 "packed": packs,
             },
             "vocab_size": vocab_size,
-            "notes": dict(sorted(_notes(folder, units).items())),
+            "notes": dict(sorted(_notes(made, units).items())),
             "sources": [{"path": s.path, "num_bytes": s.num_bytes} for s in job.sources],
         }
         learned = dialogues.learned_tokens()
@@ -104,25 +106,28 @@ def run(
     return summary
 
 
-def _claim(folder: Path, job: Job) -> CheckedLines:
-    """Return the journal of the folder, for this job alone."""
+def _claim(folder: Path, job: Job) -> tuple[CheckedLines, Path]:
+    """Return the journal, which keeps others out, and the folder of this job's units.
+
+    Units of another job are refused, so that no hours are lost by a wrong flag; a job that made
+    none leaves nothing. A worker of a killed run may still write: into its own job's folder.
+    """
     try:
         journal = CheckedLines(folder / JOURNAL)
     except JournalBusy as error:
         raise ValueError(f"--output-prefix: another process is writing {folder}") from error
-    name = job.fingerprint()
-    if not journal.before:
-        for path in folder.iterdir():
-            if path.name != JOURNAL:
-                path.unlink()
-        journal.append({"job": name}, to_disk=True)
-    elif journal.before[0]["job"] != name:
+    units = folder / job.fingerprint()[:16]
+    others = [path for path in folder.iterdir() if path.is_dir() and path != units]
+    if any(list(path.glob("*.index.npz")) for path in others):
         journal.close()
         raise ValueError(
-            f"{folder}: belongs to a run with other input or flags; give another --output-prefix, "
-            "or remove it"
+            f"--output-prefix: {folder} holds units of a run with other input or flags; give "
+            f"another prefix, or begin anew: rm -r {folder}"
         )
-    return journal
+    for path in others:
+        shutil.rmtree(path)
+    units.mkdir(exist_ok=True)
+    return journal, units
 
 
 def _encode(

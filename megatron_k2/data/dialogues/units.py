@@ -21,6 +21,7 @@ import numpy as np
 from megatron_k2.data.dialogues.encode import DialogueEncoder, Options
 from megatron_k2.data.preprocess.line_reader import LineReader
 from megatron_k2.data.preprocess.optional import json_loads, require
+from megatron_k2.data.preprocess.records import BOM
 from megatron_k2.data.preprocess.sources import Source
 
 BLOCK_BYTES = 8 << 20
@@ -135,9 +136,10 @@ def _rows(unit: Unit) -> Iterator[tuple[str, Any]]:
         reader.seek(start)
         for place, data in reader.chunks(stop):
             for line in data.split(b"\n"):
-                if line.strip():
+                text = line if place else line.removeprefix(BOM)
+                if text.strip():
                     try:
-                        yield f"byte {place:,}", loads(line)
+                        yield f"byte {place:,}", loads(text)
                     except ValueError as error:
                         yield f"byte {place:,}", error
                 place += len(line) + 1

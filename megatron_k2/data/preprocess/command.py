@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_k2.data.preprocess import publish
+from megatron_k2.data.preprocess.claim import read_prefix
 from megatron_k2.data.preprocess.encoders import ENGINES, TOKENIZER_TYPES
 from megatron_k2.data.preprocess.job import DEDUP, Job
 from megatron_k2.data.preprocess.merge import Totals
@@ -50,10 +51,7 @@ def preprocess(argv: Sequence[str] | None = None) -> list[str] | None:
     if arguments and arguments[0] in commands:
         return commands[arguments[0]](arguments[1:])
     args = parser().parse_args(arguments)
-    job, prefix = _job(args), Path(args.output_prefix)
-    if not prefix.name:
-        raise ValueError(f"--output-prefix {args.output_prefix}: give a name, not a folder")
-    prefix.parent.mkdir(parents=True, exist_ok=True)
+    job, prefix = _job(args), read_prefix(args.output_prefix)
     if args.partitions > 1 and not args.keep_sequential_samples:
         print(
             f"--partitions {args.partitions}: documents stay in the order of the input, as with "
@@ -65,8 +63,10 @@ def preprocess(argv: Sequence[str] | None = None) -> list[str] | None:
         raise ValueError(
             f"--append-eod: {args.tokenizer_model} names no token that ends a document"
         )
-    totals = run(job, encoder, prefix, args.workers, args.commit_s)
-    _print(totals, job, prefix)
+    folder = prefix.with_name(prefix.name + ".partial")
+    before = publish.done_before(folder, prefix, job, job.settings(encoder))
+    totals = before or run(job, encoder, prefix, args.workers, args.commit_s)
+    _print(totals, job, prefix, "written before, as asked for now:" if before else "wrote")
     return None
 
 
@@ -189,7 +189,7 @@ def _options(args: argparse.Namespace) -> Options:
     )
 
 
-def _print(totals: Totals, job: Job, prefix: Path) -> None:
+def _print(totals: Totals, job: Job, prefix: Path, done: str) -> None:
     """Print what was done."""
     tokens = ", ".join(
         f"{count:,} tokens of {key}"
@@ -208,7 +208,7 @@ def _print(totals: Totals, job: Job, prefix: Path) -> None:
         most = sorted(totals.control_texts.items(), key=lambda item: -item[1])
         shown = ", ".join(f"{name} {count:,}" for name, count in most[:5])
         print(f"names of control tokens in the input, kept as {meant}: {shown}")
-    print(f"wrote {', '.join(str(p) for p in publish.outputs(prefix, job).values())}")
+    print(f"{done} {', '.join(str(p) for p in publish.outputs(prefix, job).values())}")
 
 
 def _verify(argv: list[str]) -> list[str] | None:

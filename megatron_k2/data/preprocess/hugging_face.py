@@ -129,7 +129,11 @@ def _read_config(path: Path) -> dict[str, Any]:
     for name in (_MAP, _CONFIG):
         beside = path.with_name(name)
         if beside.is_file():
-            config |= {k: v for k, v in json.loads(beside.read_text()).items() if v is not None}
+            try:
+                content = json.loads(beside.read_text(encoding="utf-8"))
+                config |= {key: value for key, value in content.items() if value is not None}
+            except (ValueError, AttributeError) as error:
+                raise ValueError(f"--tokenizer-model {beside}: no JSON object ({error})") from error
     return config
 
 
@@ -144,8 +148,18 @@ def _read(path: Path, stays_text: bool) -> tuple[str, dict[str, int]]:
         }
     except OSError as error:
         raise ValueError(f"--tokenizer-model {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:  # its repr is the whole file
+        raise ValueError(
+            f"--tokenizer-model {path}: not a tokenizer.json but a binary file; a sentencepiece "
+            "model needs --tokenizer-type SentencePieceTokenizer"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--tokenizer-model {path}: not a tokenizer.json ({error})") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"--tokenizer-model {path}: not a tokenizer.json ({error!r})") from error
+        raise ValueError(
+            f"--tokenizer-model {path}: not a tokenizer.json: an object whose added_tokens have "
+            "content and id"
+        ) from error
     if stays_text:
         for token in content.get("added_tokens", ()):
             token["special"] = bool(token["content"].strip())

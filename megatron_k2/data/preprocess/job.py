@@ -68,9 +68,14 @@ class Job:
         }
 
     def fingerprint(self, encoder: Encoder) -> str:
-        """Return a hash of the settings, the size of blocks and the state of every source."""
+        """Return a hash of the settings, the size of blocks and the state of every source.
+
+        Without ``skip_bad_records``, which may be given once a bad record stopped the run.
+        """
         states = [[s.path, s.format, s.compression, s.num_bytes, s.mtime_ns] for s in self.sources]
-        content = [self.settings(encoder), self.options.block_bytes, states]
+        settings = self.settings(encoder)
+        del settings["skip_bad_records"]
+        content = [settings, self.options.block_bytes, states]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def save(self, folder: Path) -> None:

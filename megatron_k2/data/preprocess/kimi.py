@@ -6,7 +6,8 @@ ids of the release for a long document (megatron_k2/chat/tokenizer.py ``presplit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -16,11 +17,26 @@ from megatron_k2.chat.tokenizer import MAX_RUN_CHARS, PATTERN, KimiTokenizer, pr
 from megatron_k2.data.preprocess.encoders import Checked, Encode, fast_engine, unpacked
 
 
+@contextmanager
+def named_model(model: str) -> Iterator[None]:
+    """Name the flag in an error of Kimi's tokenizer.
+
+    Raises:
+        ValueError: a file of the tokenizer is missing or wrong.
+    """
+    try:
+        yield
+    except ValueError as error:
+        place = "" if str(error).startswith(model.rstrip("/")) else f"{model}: "
+        raise ValueError(f"--tokenizer-model {place}{error}") from error
+
+
 class KimiEncoder:
     """See ``encoders.Encoder``."""
 
     def __init__(self, model: str, engine: str, control_tokens: str) -> None:
-        self._kimi = KimiTokenizer(model)
+        with named_model(model):
+            self._kimi = KimiTokenizer(model)
         self.vocab_size = self._kimi.vocab_size
         self.eod: int | None = self._kimi.eos_id
         self.digest = f"{self._kimi.digest} control tokens are {control_tokens}"

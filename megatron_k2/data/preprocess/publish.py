@@ -65,13 +65,42 @@ def finish(
         "dtype": dtype.name,
         "totals": asdict(totals),
         "settings": settings,
-        "sources": [
-            {"path": s.path, "num_bytes": s.num_bytes, "mtime_ns": s.mtime_ns} for s in job.sources
-        ],
+        "sources": _sources(job),
     }
     publish_text(folder / "summary", json.dumps(summary, indent=1) + "\n")
     publish_text(folder / _RENAMES, json.dumps(list(files)))
     sync_folder(folder)
+
+
+def done_before(folder: Path, prefix: Path, job: Job, settings: dict[str, Any]) -> Totals | None:
+    """Return what was counted if an earlier run published this very job's output, else None.
+
+    So ends the same command after a kill between the last rename and the end. Sizes are compared,
+    not checksums: reading all would take as long as ``verify``. What the folder still has goes.
+    """
+    files = outputs(prefix, job)
+    if is_final(folder) or not all(path.is_file() for path in files.values()):
+        return None
+    try:
+        summary = json.loads(files["summary"].read_text())
+        if summary["settings"] != settings or summary["sources"] != _sources(job):
+            return None
+        sizes = {name: file["size_bytes"] for name, file in summary["files"].items()}
+        totals = Totals(**summary["totals"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    if sizes != {p.name: p.stat().st_size for k, p in files.items() if k != "summary"}:
+        return None
+    if folder.is_dir() and {path.name for path in folder.iterdir()} <= {journal.NAME}:
+        (folder / journal.NAME).unlink(missing_ok=True)
+        folder.rmdir()
+    return totals
+
+
+def _sources(job: Job) -> list[dict[str, Any]]:
+    """Return the state of every source as the summary has it."""
+    names = ("path", "format", "num_bytes", "mtime_ns")
+    return [{name: getattr(source, name) for name in names} for source in job.sources]
 
 
 def is_final(folder: Path) -> bool:
@@ -112,16 +141,22 @@ def verify(prefix: str) -> list[str]:
     """Read all files of an output; return what is wrong, a line each.
 
     Raises:
-        ValueError: there is no ``PREFIX.json``.
+        ValueError: there is no ``PREFIX.json``, or it is none of this tool's.
     """
     path = Path(f"{prefix}.json")
     if not path.is_file():
         raise ValueError(f"{path}: not there; PREFIX is what --output-prefix was")
     problems = []
-    for name, wanted in json.loads(path.read_text())["files"].items():
+    try:
+        files = json.loads(path.read_text())["files"].items()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: damaged, or not of this tool; write the output anew") from error
+    for name, wanted in files:
         file = path.with_name(name)
         if not file.is_file():
             problems.append(f"{file}: missing")
-        elif (found := asdict(record_file(file))) != wanted:
-            problems.append(f"{file}: {found} where {wanted} was written")
+        elif (size := file.stat().st_size) != wanted["size_bytes"]:
+            problems.append(f"{file}: {size:,} bytes, and {wanted['size_bytes']:,} were written")
+        elif (crc := record_file(file).crc32) != wanted["crc32"]:
+            problems.append(f"{file}: checksum {crc}, and {wanted['crc32']} was written: damaged")
     return problems

@@ -21,6 +21,8 @@ from megatron_k2.data.preprocess.parquet_rows import RowGroup
 from megatron_k2.data.preprocess.sources import Source
 
 Text = str | list[str]
+BOM = b"\xef\xbb\xbf"
+"""Windows programs begin a UTF-8 file with it; it is no part of the first document."""
 MAX_TEXT_FILE_BYTES = 1 << 30
 """A text file that is one document is held in memory some ten times over."""
 
@@ -113,6 +115,8 @@ class BlockReader:
         lines = data.split(b"\n")
         if not lines[-1]:
             lines.pop()
+        if not place and lines and lines[0].startswith(BOM):
+            place, lines[0] = len(BOM), lines[0].removeprefix(BOM)
         sizes = np.fromiter(map(len, lines), dtype=np.int64, count=len(lines)) + 1
         places = np.empty((len(lines), 3), dtype=np.int64)
         places[:, 0] = self.num_lines + 1 + np.arange(len(lines))
@@ -203,9 +207,11 @@ class BlockReader:
         finally:
             reader.close()
         self.num_lines, self.disk_bytes, self.is_last = 1, source.num_bytes, True
-        place = np.array([[1, 0, size]], dtype=np.int64)
+        data = b"".join(pieces)
+        text = data.removeprefix(BOM)
+        place = np.array([[1, size - len(text), len(text)]], dtype=np.int64)
         try:
-            return Batch([[b"".join(pieces).decode()]], place)
+            return Batch([[text.decode()]], place)
         except UnicodeDecodeError as error:
             self._bad(source, place[0], f"is not UTF-8 (byte {error.start})", "the file")
             return Batch([[]], place[:0])
@@ -213,10 +219,10 @@ class BlockReader:
     def _read_rows(self, source: Source, block: int) -> Iterator[Batch]:
         rows = RowGroup(source, block, self._options.json_keys)
         for columns in rows.columns():
-            yield self._from_rows(source, columns)
+            yield self._from_rows(source, block, columns)
         self.is_last, self.disk_bytes = rows.is_last, rows.disk_bytes
 
-    def _from_rows(self, source: Source, columns: list[list[Any]]) -> Batch:
+    def _from_rows(self, source: Source, block: int, columns: list[list[Any]]) -> Batch:
         places = np.full((len(columns[0]), 3), -1, dtype=np.int64)
         places[:, 0] = self.num_lines + 1 + np.arange(len(places))
         places[:, 2] = 0
@@ -227,7 +233,8 @@ class BlockReader:
             values = [checked_value(value) for value in row]
             if None in values:
                 key = self._options.json_keys[values.index(None)]
-                self._bad(source, places[number], f'has no text in the column "{key}"', "row")
+                where = f"row {places[number, 0]:,} (from 1) of row group {block} (from 0)"
+                self._bad(source, places[number], f'has no text in the column "{key}"', where)
                 continue
             for column, value in zip(texts, values, strict=True):
                 assert value is not None
@@ -235,8 +242,8 @@ class BlockReader:
             kept.append(number)
         return Batch(texts, places[kept])
 
-    def _bad(self, source: Source, place: np.ndarray, problem: str, unit: str = "line") -> None:
-        """Count a bad record.
+    def _bad(self, source: Source, place: np.ndarray, problem: str, where: str = "") -> None:
+        """Count a bad record; ``where`` it is, if not in a line.
 
         Raises:
             ValueError: they are not to be skipped.
@@ -244,11 +251,7 @@ class BlockReader:
         if self._options.skip_bad_records:
             self.num_bad += 1
             return
-        where = unit
-        if unit == "line":
-            where = f"line {_line_number(source, int(place[1])):,}"
-        elif unit == "row":
-            where = f"row {int(place[0]):,} of a row group"
+        where = where or f"line {_line_number(source, int(place[1])):,}"
         raise ValueError(
             f"--input {source.path}: {where} {problem}; --skip-bad-records leaves such out"
         )

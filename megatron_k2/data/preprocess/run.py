@@ -17,6 +17,7 @@ from tqdm import tqdm
 from megatron_k2.checkpoint.stream.crew import start
 from megatron_k2.checkpoint.stream.journal import Journal
 from megatron_k2.data.preprocess import publish, worker
+from megatron_k2.data.preprocess.claim import claim
 from megatron_k2.data.preprocess.encoders import Encoder
 from megatron_k2.data.preprocess.job import Job
 from megatron_k2.data.preprocess.merge import Merger, Totals
@@ -67,12 +68,18 @@ def run(
         for path in publish.outputs(prefix, job).values():
             if path.exists():
                 raise ValueError(f"{path} is there; remove it, or give another --output-prefix")
-    (folder / worker.PARTS).mkdir(parents=True, exist_ok=True)
-    journal = Journal(folder, job.fingerprint(encoder))
+    is_final = publish.is_final(folder)
+    journal = claim(folder, folder / worker.PARTS, job.fingerprint(encoder), is_final)
     try:
         run_ = _Run(job, encoder, folder, journal, commit_s)
+        if run_.totals.num_bad and not job.options.skip_bad_records:
+            raise ValueError(
+                f"--output-prefix {prefix}: {folder} was begun with --skip-bad-records, which left "
+                f"out {run_.totals.num_bad:,}: give it again, or begin anew: rm -r {folder}"
+            )
         if not publish.is_final(folder):
             run_.make_all(workers, prefix.name if progress else "")
+            _check_filled(job, run_.totals)
             publish.finish(
                 folder,
                 prefix,
@@ -86,6 +93,23 @@ def run(
         return run_.totals
     finally:
         journal.close()
+
+
+def _check_filled(job: Job, totals: Totals) -> None:
+    """Refuse an output that no reader opens: upstream maps the ``.bin``, which must not be empty.
+
+    Raises:
+        ValueError: a key has no token.
+    """
+    empty = [k for k, n in zip(job.options.json_keys, totals.num_tokens, strict=True) if not n]
+    if empty:
+        files = " ".join([s.path for s in job.sources[:3]] + ["..."] * (len(job.sources) > 3))
+        bad = f" ({totals.num_bad:,} bad records left out)" if totals.num_bad else ""
+        cure = "; leave it out of --json-keys" if any(totals.num_tokens) else ""
+        raise ValueError(
+            f"--input {files}: not one token of {' and '.join(empty)} in "
+            f"{totals.num_documents:,} documents{bad}, and Megatron opens no empty .bin{cure}"
+        )
 
 
 class _Run:
@@ -144,6 +168,9 @@ class _Run:
                 continue
             part = load_part(self._parts, unit, self._num_keys)
             assert part is not None
+            if part.report.num_bad and not options.skip_bad_records:
+                remove_part(self._parts, unit, self._num_keys)  # now one is an error
+                continue
             self._made[unit] = part.report.is_last
         self._queue = UnitQueue(ends, set(self._made), first)
         for unit, is_last in self._made.items():

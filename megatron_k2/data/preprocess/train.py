@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 
+from megatron_k2.data.preprocess.claim import named_by
+from megatron_k2.data.preprocess.optional import require
 from megatron_k2.data.preprocess.records import BlockReader, Options, flat
 from megatron_k2.data.preprocess.sources import Source
 from megatron_k2.data.preprocess.train_ranks import train_ranks
@@ -38,25 +42,55 @@ def train(
         kind: one of ``TYPES``.
 
     Raises:
-        ValueError: the file exists, the input is bad or too little for the vocabulary.
+        ValueError: the file exists or cannot be made, the input is bad or too little for the
+            vocabulary.
     """
     if output.exists():
         raise ValueError(f"--output {output}: is there; remove it, or give another")
+    with named_by(f"--output {output}"):  # before the work
+        output.parent.mkdir(parents=True, exist_ok=True)
     packed = sum(s.num_bytes for s in sources if s.compression or s.format == "parquet")
     total = sum(s.num_bytes for s in sources) + (_SHRINKAGE - 1) * packed
     share = min(1.0, sample_bytes / max(1, total))
     texts = _texts(sources, options, share)
-    try:
-        if kind == "kimi":
-            model = train_ranks(texts, vocab_size)
-        else:
-            model = train_tokenizer(texts, vocab_size, sample_bytes)
-    except RuntimeError as error:
-        raise ValueError(f"--vocab-size {vocab_size}: {error}") from error
+    if kind == "kimi":
+        model = train_ranks(texts, vocab_size)
+    else:
+        model = _train_pieces(texts, vocab_size, sample_bytes)
     partial = output.with_name(output.name + ".partial")
-    partial.write_bytes(model)
-    os.replace(partial, output)
+    with named_by(f"--output {output}"):
+        partial.write_bytes(model)
+        os.replace(partial, output)
     print(f"wrote {output}")
+
+
+def _train_pieces(texts: Iterator[str], vocab_size: int, sample_bytes: int) -> bytes:
+    """Return a sentencepiece model of exactly so many pieces.
+
+    Raises:
+        ValueError: there is no text, or the vocabulary is too small or too large for it.
+    """
+    first = next((text for text in texts if text.strip("\n")), None)
+    if first is None:
+        raise ValueError("--input: no text to learn from")
+    try:
+        model = train_tokenizer(chain([first], texts), vocab_size, sample_bytes)
+    except RuntimeError as error:
+        least = re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error))
+        if least is None:
+            cause = re.sub(r"^\w+: \S+ (\[.*\] )?", "", str(error))
+            raise ValueError(f"--input: sentencepiece does not learn from it ({cause})") from error
+        raise ValueError(
+            f"--vocab-size {vocab_size}: the text's characters alone need {int(least[1]):,} pieces "
+            "(4 control, 1 line feed and 256 byte pieces among them)"
+        ) from error
+    sentencepiece = require("sentencepiece", "train-tokenizer")
+    found = sentencepiece.SentencePieceProcessor(model_proto=model).get_piece_size()
+    if found < vocab_size:
+        raise ValueError(
+            f"--vocab-size {vocab_size}: the text gives only {found:,}; give more, or ask for less"
+        )
+    return model
 
 
 def _texts(sources: Sequence[Source], options: Options, share: float) -> Iterator[str]:

@@ -214,14 +214,19 @@ def test_workers_packing_of_files_and_kills_change_no_byte(tokenizer: Path, tmp_
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     folder = tmp_path / "k.partial"
     deadline = time.monotonic() + 60
-    while process.poll() is None and not list(folder.glob("*.index.npz")):
+    while process.poll() is None and not list(folder.glob("*/*.index.npz")):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    torn = folder / "000001.tokens.npy"
-    if folder.exists() and not (folder / "000001.index.npz").exists():
-        torn.write_bytes(b"torn")
+    for units in folder.glob("*/"):
+        if not (units / "000001.index.npz").exists():
+            (units / "000001.tokens.npy").write_bytes(b"torn")
+    if list(folder.glob("*/*.index.npz")):
+        with pytest.raises(ValueError, match="units of a run with other input or flags"):
+            preprocess(
+                [*arguments(tokenizer, tmp_path / "p*", tmp_path / "k"), "--truncate", "cut"]
+            )
     if folder.exists():
         preprocess(arguments(tokenizer, tmp_path / "p*", tmp_path / "k"))
     wanted = published(tmp_path / "one")
@@ -274,7 +279,7 @@ def test_a_bad_record_is_named_or_counted(
     source.write_text(row + "\n" + json.dumps(chat("a", "b")) + "\n")
     with pytest.raises(ValueError, match=message):
         preprocess(arguments(tokenizer, source, tmp_path / "chat"))
-    preprocess(arguments(tokenizer, source, tmp_path / "skip", "--skip-bad-records"))
-    notes = json.loads((tmp_path / "skip.json").read_text())["notes"]
+    preprocess(arguments(tokenizer, source, tmp_path / "chat", "--skip-bad-records"))
+    notes = json.loads((tmp_path / "chat.json").read_text())["notes"]
     assert notes["left out: malformed"] == 1 and notes["answers"] == 1
-    assert not os.path.exists(tmp_path / "skip.partial")
+    assert not os.path.exists(tmp_path / "chat.partial")

@@ -80,7 +80,7 @@ BAD_LINES = {
     b'{"text": "a"}\n\n{"text": 1}\n': "line 3 has no text.*holds no string",
     b'{"text": "a"}\n{"body": "b"}\n': r"line 2 has no text.*not among \['body'\].*--json-keys",
     b'{"text": "a"}\n["text"]\n': "line 2 is no JSON object",
-    b'{"text": "a"\n': "line 1 is not JSON",
+    b'{"text": "a"\n{"text": "a"}\n': "line 1 is not JSON",
     b'{"text": "a"}\n{"text": "\xff"}\n': "line 2 is not UTF-8",
     b'{"text": "a"}\n{"text": null}\n': "line 2 has no text",
     b'{"text": "a"}\n{"text": ["b", 3]}\n': "line 2 has no text",

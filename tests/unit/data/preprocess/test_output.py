@@ -95,16 +95,18 @@ def test_upstream_reads_it(kimi, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"\n\n", b'{"text": ""}\n'])
-def test_no_documents_and_empty_ones_are_upstreams_too(kimi, tmp_path, data: bytes) -> None:
-    write_stock(tmp_path / "stock", [""] * data.count(b"text"), KimiMegatronTokenizer(kimi[-1]))
-    inputs = [packed(tmp_path / name, data) for name in ("a.jsonl", "b.jsonl.gz")]
+def test_empty_files_and_documents_are_upstreams_too(kimi, tmp_path, data: bytes) -> None:
+    documents = ["a word"] + [""] * data.count(b"text")
+    write_stock(tmp_path / "stock", documents, KimiMegatronTokenizer(kimi[-1]))
+    word = b'{"text": "a word"}\n'
+    inputs = [packed(tmp_path / "a.jsonl", word + data), packed(tmp_path / "b.jsonl.gz", data)]
     for dedup in ("none", "minhash"):
         prefix = tmp_path / dedup
         tokenise(prefix, inputs[:1], *kimi, "--append-eod", "--dedup", dedup)
         assert_stock(prefix, tmp_path / "stock")
     tokenise(tmp_path / "both", inputs, *kimi)
     totals = json.loads((tmp_path / "both.json").read_text())["totals"]
-    assert totals["num_documents"] == totals["num_empty"] == 2 * data.count(b"text")
+    assert totals["num_empty"] == 2 * data.count(b"text") == totals["num_documents"] - 1
 
 
 def test_copies_are_left_out_of_all_keys_and_listed(kimi, tmp_path) -> None:
