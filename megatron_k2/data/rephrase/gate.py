@@ -3,8 +3,8 @@
 The gate follows the server: a 429 halves the number of requests under way (at most once for those
 sent before it) and holds all back as long as the server says; each answer raises it a little, up to
 `--concurrency`. Budgets are counted before a request is sent, at the most that it can cost (half
-as much again as the estimate for its prompt), so that they are not exceeded; they hold over resumed
-runs.
+as much again as the estimate for its prompt), so that they are not exceeded unless a server counts
+more than that; the journal makes them hold over resumed runs.
 """
 
 from __future__ import annotations

@@ -15,8 +15,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from megatron_k2.data.rephrase.chunks import sentence_spans
+from megatron_k2.data.rephrase.journal import ATTEMPT
 from megatron_k2.data.rephrase.languages import Language
 from megatron_k2.data.rephrase.prompts import fill
+from megatron_k2.data.rephrase.settings import Sampler
 from megatron_k2.data.rephrase.verdict import Verdict
 
 Entail = Callable[[Sequence[tuple[str, str]]], Awaitable[list[float]]]
@@ -24,6 +26,7 @@ Entail = Callable[[Sequence[tuple[str, str]]], Awaitable[list[float]]]
 Ask = Callable[[list[dict[str, str]], int], Awaitable[tuple[str, int]]]
 """Messages and a seed -> the judge's answer and the tokens it took."""
 
+JUDGE_TOKENS = 512  # of an answer at most
 JUDGE_TRIES = 2  # an answer that is no JSON is asked for once more, with another seed
 _OBJECT = re.compile(r"\{.*\}", re.DOTALL)
 
@@ -88,9 +91,33 @@ def read_judgement(answer: str) -> tuple[bool, float, list[str]] | None:
         if not isinstance(value, dict) or not isinstance(value.get("faithful"), bool):
             return None
         problems = value.get("problems") or []
-        return value["faithful"], float(value["score"]), [str(item) for item in problems]
-    except (ValueError, KeyError, TypeError):
+        score = float(value["score"])
+        if not 0 <= score <= 10:
+            return None
+        return value["faithful"], score, [str(item) for item in problems]
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
+
+
+def endpoint_judge(client: Any) -> Ask:
+    """Return the judge of an OpenAI-compatible server; its answers are recorded at once.
+
+    Args:
+        client: a `client.Client` of the server.
+    """
+
+    async def ask(messages: list[dict[str, str]], seed: int) -> tuple[str, int]:
+        attempt, name = ATTEMPT.get(), f"judge {seed}"
+        known = attempt.get(name) if attempt else None
+        if known is None:
+            answer = await client.chat(messages, Sampler(0.0, 1.0, JUDGE_TOKENS), seed)
+            tokens = answer.prompt_tokens + answer.completion_tokens
+            known = {"text": answer.text, "tokens": tokens}
+            if attempt:
+                attempt.record(name, known)
+        return known["text"], known["tokens"]
+
+    return ask
 
 
 def load_entailment(name: str) -> Entail:

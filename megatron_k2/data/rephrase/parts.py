@@ -55,6 +55,46 @@ def read_counts(output: Path, parts: Sequence[Part]) -> Counter[str]:
     return total
 
 
+def check_published(output: Path, parts: Sequence[Part]) -> None:
+    """Check that published parts are as they were written.
+
+    Raises:
+        ValueError: one was changed; names it.
+    """
+    for part in parts:
+        if not is_done(output, part):
+            continue
+        path = records_path(output, part)
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != json.loads(_counts_path(output, part).read_text())["sha256"]:
+            raise ValueError(
+                f"--output {output}: {path} was changed after it was published; remove it, and "
+                "the same command writes it anew from the journal"
+            )
+
+
+def spent_before(output: Path, parts: Sequence[Part], run: str) -> dict[int, tuple[int, int]]:
+    """Return (requests, tokens) that earlier starts spent on parts, by their index.
+
+    Args:
+        output: folder.
+        parts: published or not.
+        run: identity of the run.
+    """
+    found = {}
+    for part in parts:
+        path = _journal_path(output, part)
+        if is_done(output, part):
+            counts = read_counts(output, [part])
+            found[part.index] = (counts["requests"], counts["tokens"])
+        elif path.exists():
+            journal = Journal(path, run)
+            found[part.index] = journal.spent()
+            journal.close()
+    return found
+
+
 async def run_parts(
     parts: Sequence[Part],
     rewriter: Rewriter,
@@ -71,7 +111,7 @@ async def run_parts(
         rewriter: what rewrites a document.
         output: folder.
         run: identity of the run, for the journals.
-        budget: in which is counted what journals of earlier starts say was spent.
+        budget: in which is counted what earlier starts spent on all of these parts.
         documents_under_way: read and held in memory at once.
         on_part: told of each published part.
 
@@ -79,10 +119,10 @@ async def run_parts(
         What stopped it (BudgetSpent, ServerGone, ValueError), None if all is published.
     """
     wanted = [part for part in parts if not is_done(output, part)]
-    before = read_counts(output, parts)
-    budget.count(before["requests"], before["tokens"])
+    for spent in spent_before(output, parts, run).values():
+        budget.count(*spent)
     opened: dict[int, _Open] = {}
-    documents = _documents(wanted, opened, output, run, budget)
+    documents = _documents(wanted, opened, output, run)
     stops: list[Exception] = []
 
     async def work() -> None:
@@ -110,13 +150,12 @@ async def run_parts(
 
 
 def _documents(
-    parts: Sequence[Part], opened: dict[int, _Open], output: Path, run: str, budget: Budget
+    parts: Sequence[Part], opened: dict[int, _Open], output: Path, run: str
 ) -> Iterator[tuple[_Open, int, Source]]:
     """Yield the documents of parts; a part's journal is opened with its first."""
     for part in parts:
-        state = _Open(part, Journal(output / JOURNALS / f"{part.name}.jsonl", run))
+        state = _Open(part, Journal(_journal_path(output, part), run))
         opened[part.index] = state
-        budget.count(*state.journal.spent())
         for number, source in enumerate(read_part(part)):
             yield state, number, source
 
@@ -126,6 +165,7 @@ def _publish(output: Path, state: _Open) -> Counter[str]:
     requests, tokens = state.journal.spent()
     state.journal.close()
     counts: Counter[str] = Counter(requests=requests, tokens=tokens)
+    counts.update({f"trouble {kind}": n for kind, n in state.journal.troubles.items()})
     digest = hashlib.sha256()
     path = records_path(output, state.part)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -144,6 +184,10 @@ def _publish(output: Path, state: _Open) -> Counter[str]:
     write_json(_counts_path(output, state.part), value)
     partial.replace(path)
     return counts
+
+
+def _journal_path(output: Path, part: Part) -> Path:
+    return output / JOURNALS / f"{part.name}.jsonl"
 
 
 def _counts_path(output: Path, part: Part) -> Path:

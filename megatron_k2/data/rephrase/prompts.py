@@ -19,6 +19,11 @@ from pathlib import Path
 from typing import Any
 
 TASKS = ("rewrite", "learning-note")
+# Languages without prompts of their own.
+_NAMES = {
+    **{"ja": "Japanese", "ko": "Korean", "ru": "Russian", "ar": "Arabic", "el": "Greek"},
+    **{"hi": "Hindi", "it": "Italian", "pt": "Portuguese", "nl": "Dutch"},
+}
 _SLOT = re.compile(r"\{(\w+)\}")
 
 
@@ -79,6 +84,10 @@ class Library:
         if "en" not in self.languages:
             raise ValueError(f"--prompts {folder}: en.toml, to fall back on, is not there")
         self.hash = _hash(repr(sorted((k, repr(v)) for k, v in self.languages.items())))
+
+    def known(self) -> set[str]:
+        """Return the codes of the languages that can be written in."""
+        return {*self.languages, *_NAMES}
 
     def judge(self, language: str) -> dict[str, str]:
         """Return the judge's "system" and "user" prompt in a language, English if there is none."""
@@ -157,9 +166,7 @@ def fill(template: str, slots: Mapping[str, str]) -> str:
 
 
 def _name_of(code: str) -> str:
-    names = {"ja": "Japanese", "ko": "Korean", "ru": "Russian", "ar": "Arabic", "el": "Greek"}
-    names |= {"hi": "Hindi", "it": "Italian", "pt": "Portuguese", "nl": "Dutch"}
-    return names.get(code, "the language of the passage")
+    return _NAMES.get(code, "the language of the passage")
 
 
 def _named(flag: str, language: str, wanted: Sequence[str], known: Mapping[str, str]) -> list[str]:

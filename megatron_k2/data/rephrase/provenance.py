@@ -22,7 +22,7 @@ class Chunk:
     record: dict[str, Any] | None  # of the attempt that passed
     failures: Counter[str]
     tokens: tuple[int, int]
-    troubles: Counter[str]
+    num_thoughts: int  # answers that began with thoughts, which were cut off
     num_attempts: int = 0
 
 
@@ -132,5 +132,4 @@ def count_chunks(chunks: list[Chunk], counts: Counter[str]) -> None:
         counts["text_chars"] += len(chunk.text)
         for check, count in chunk.failures.items():
             counts[f"rejected {check}"] += count
-        for kind, count in chunk.troubles.items():
-            counts[f"trouble {kind}"] += count
+        counts["thoughts_cut"] += chunk.num_thoughts

@@ -46,8 +46,9 @@ class Progress:
                 refresh=False,
             )
 
-    def done(self, num_documents: int) -> None:
-        """Count whole documents, of a part done elsewhere."""
+    def done(self, num_documents: int, num_chunks: int) -> None:
+        """Count whole documents and their chunks, of a part done elsewhere."""
+        self.chunks += num_chunks
         self._bar.update(num_documents)
 
     def close(self) -> float:
@@ -67,6 +68,7 @@ def summary(counts: Counter[str], num_parts: int) -> dict[str, Any]:
     return {
         "parts": f"{counts['parts']} of {num_parts}",
         "documents": counts["documents"],
+        "bad_records_skipped": counts["bad_records_skipped"],
         "rewritings": counts["rewritings"],
         "rewritings_dropped": counts["rewritings_dropped"],
         "chunks": counts["chunks"],
@@ -78,6 +80,7 @@ def summary(counts: Counter[str], num_parts: int) -> dict[str, Any]:
         "attempts": counts["attempts"],
         "accept_rate_of_attempts": _share(counts["chunks_rewritten"], counts["attempts"]),
         "rejected_by_check": _under(counts, "rejected "),
+        "answers_with_thoughts_cut": counts["thoughts_cut"],
         "failed_requests": _under(counts, "trouble "),
         "requests": counts["requests"],
         "tokens": counts["tokens"],

@@ -2,9 +2,9 @@
 
 Excerpts and rephrasings go side by side, the chunks of an excerpt one after the other. Every
 attempt is looked up in the journal first, so a second run asks the model nothing that it answered
-before; its seed comes from the run's, the document's content and its place, so it is the same on
-every machine. A chunk whose attempts all fail is dropped, kept as its source, or takes its document
-along.
+before: an answer is recorded as soon as it comes, its verdicts once they are known. Its seed comes
+from the run's, the document's content and its place, so it is the same on every machine. A chunk
+whose attempts all fail is dropped, kept as its source, or takes its document along.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megatron_k2.data.rephrase.chunks import (
 from megatron_k2.data.rephrase.client import ChunkRefused, Client
 from megatron_k2.data.rephrase.faults import check_faults
 from megatron_k2.data.rephrase.fidelity import Fidelity
-from megatron_k2.data.rephrase.journal import Journal
+from megatron_k2.data.rephrase.journal import ATTEMPT, Attempt, Journal
 from megatron_k2.data.rephrase.languages import detect
 from megatron_k2.data.rephrase.plain_checks import Passage
 from megatron_k2.data.rephrase.prompts import Library, Prompt
@@ -138,78 +138,77 @@ class Rewriter:
     ) -> Chunk:
         """Rewrite a chunk until an attempt passes."""
         failures: Counter[str] = Counter()
-        troubles: Counter[str] = Counter()
-        spent = (0, 0)
+        spent, thoughts = (0, 0), 0
         if prose_share(passage.source) < MIN_PROSE or not re.search(r"\w", passage.source):
-            return Chunk(span, "copied", passage.source, None, failures, spent, troubles)
-        for attempt in range(self.settings.attempts):
-            record = journal.get(f"{key}.{attempt}")
-            if record is None:
-                record = await self._attempt(passage, prompt, done, key, attempt)
-                journal.record(f"{key}.{attempt}", record)
-            spent = (spent[0] + record["tokens"][0], spent[1] + record["tokens"][1])
-            troubles.update(record["troubles"])
-            if record["passed"]:
-                return Chunk(
-                    span,
-                    "rewritten",
-                    record["text"],
-                    record,
-                    failures,
-                    spent,
-                    troubles,
-                    attempt + 1,
-                )
-            failures.update(v["check"] for v in record["verdicts"] if v["passed"] is False)
+            return Chunk(span, "copied", passage.source, None, failures, spent, thoughts)
+        for number in range(self.settings.attempts):
+            attempt = Attempt(journal, f"{key}.{number}")
+            ATTEMPT.set(attempt)  # of this task: those of other excerpts have their own
+            seed = seed_of(self.settings.seed, prompt.hash, key, number)
+            messages = prompt.messages(passage.context, done, passage.source)
+            answer = attempt.get("answer") or await self._ask(messages, seed, number, attempt)
+            judged = attempt.get("verdicts")
+            if judged is None:
+                judged = await self._verdicts(passage, prompt, done, answer)
+                attempt.record("verdicts", judged)
+            spent = (spent[0] + answer["tokens"][0], spent[1] + answer["tokens"][1])
+            thoughts += answer["thought"]
+            if judged["passed"]:
+                record, tried = {**answer, **judged}, number + 1
+                text = answer["text"]
+                return Chunk(span, "rewritten", text, record, failures, spent, thoughts, tried)
+            failures.update(v["check"] for v in judged["verdicts"] if v["passed"] is False)
         kept = self.settings.on_failure == "source"
         text = passage.source if kept else ""
         kind = "source" if kept else "dropped"
         tried = self.settings.attempts
-        return Chunk(span, kind, text, None, failures, spent, troubles, tried)
+        return Chunk(span, kind, text, None, failures, spent, thoughts, tried)
 
-    async def _attempt(
-        self, passage: Passage, prompt: Prompt, done: str, key: str, attempt: int
+    async def _ask(
+        self, messages: list[dict[str, str]], seed: int, number: int, attempt: Attempt
     ) -> dict[str, Any]:
-        """Ask the model once and judge what it says."""
-        seed = seed_of(self.settings.seed, prompt.hash, key, attempt)
+        """Ask the model once and record what it says."""
         sampler = self.settings.sampler
-        if attempt:  # greedy answers would only be repeated
+        if number:  # greedy answers would only be repeated
             warmer = max(sampler.temperature, self.settings.retry_temperature)
             sampler = replace(sampler, temperature=warmer)
-        messages = prompt.messages(passage.context, done, passage.source)
-        record: dict[str, Any] = {
-            "seed": seed,
-            "temperature": sampler.temperature,
-            "text": "",
-            "tokens": [0, 0],
-            "troubles": {},
+        answer: dict[str, Any] = {
+            **{"seed": seed, "temperature": sampler.temperature},
+            **{"text": "", "tokens": [0, 0], "thought": False},
         }
         try:
-            answer = await self.client.chat(messages, sampler, seed)
-            record["text"] = _bare(answer.text)
-            record["tokens"] = [answer.prompt_tokens, answer.completion_tokens]
-            record["troubles"] = answer.troubles
-            verdicts = await self._judge(passage, prompt, done, answer.finish_reason, record)
+            said = await self.client.chat(messages, sampler, seed)
+            answer["text"], answer["finish_reason"] = _bare(said.text), said.finish_reason
+            answer["tokens"] = [said.prompt_tokens, said.completion_tokens]
+            answer["thought"] = said.thought
+        except ChunkRefused as error:
+            answer["refused"] = str(error)
+        attempt.record("answer", answer)
+        return answer
+
+    async def _verdicts(
+        self, passage: Passage, prompt: Prompt, done: str, answer: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Return the verdicts on an answer, and whether it passed."""
+        try:
+            if "refused" in answer:
+                raise ChunkRefused(answer["refused"])
+            verdicts = await self._judge(passage, prompt, done, answer)
         except ChunkRefused as error:
             verdicts = [Verdict("server", False, None, str(error))]
-            record["troubles"] = dict(Counter(record["troubles"]) + Counter(error.troubles))
-        record["verdicts"] = [verdict.record() for verdict in verdicts]
-        record["passed"] = all(verdict.passed is not False for verdict in verdicts)
-        return record
+        return {
+            "verdicts": [verdict.record() for verdict in verdicts],
+            "passed": all(verdict.passed is not False for verdict in verdicts),
+        }
 
     async def _judge(
-        self,
-        passage: Passage,
-        prompt: Prompt,
-        done: str,
-        finish_reason: str,
-        record: dict[str, Any],
+        self, passage: Passage, prompt: Prompt, done: str, answer: dict[str, Any]
     ) -> list[Verdict]:
         """Return the verdicts on an attempt's text: its faults, or else its fidelity."""
         faults = await self.fidelity.in_background(
             check_faults,
-            record["text"],
-            finish_reason,
+            answer["text"],
+            answer["finish_reason"],
             f"{passage.source}\0{passage.context}",
             prompt.instructions(),
             done,
@@ -220,7 +219,7 @@ class Rewriter:
         if faults:
             return faults
         judge = self.library.judge(prompt.language)
-        return await self.fidelity.judge(passage, record["text"], judge, record["seed"])
+        return await self.fidelity.judge(passage, answer["text"], judge, answer["seed"])
 
 
 def seed_of(run_seed: int, prompt_hash: str, key: str, attempt: int) -> int:

@@ -17,16 +17,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_k2.data.rephrase.chunks import CountTokens, estimate_tokens, split_document
 from megatron_k2.data.rephrase.client import Client, Endpoint, key_from
 from megatron_k2.data.rephrase.fidelity import Fidelity, Thresholds
+from megatron_k2.data.rephrase.flag_checks import settings_of, token_counter
 from megatron_k2.data.rephrase.gate import Budget, Gate
-from megatron_k2.data.rephrase.judges import Ask, load_entailment
-from megatron_k2.data.rephrase.parts import JOURNALS, write_json
+from megatron_k2.data.rephrase.judges import endpoint_judge, load_entailment
+from megatron_k2.data.rephrase.parts import JOURNALS, RECORDS, write_json
 from megatron_k2.data.rephrase.prompts import Library
 from megatron_k2.data.rephrase.provenance import Chunk
 from megatron_k2.data.rephrase.rewriter import Rewriter
-from megatron_k2.data.rephrase.settings import Sampler, Settings
 from megatron_k2.data.rephrase.similarity import (
     Embed,
     embed_locally,
@@ -36,7 +35,7 @@ from megatron_k2.data.rephrase.similarity import (
 from megatron_k2.data.rephrase.sources import identity as input_identity
 
 RUN = "run.json"
-JUDGE_TOKENS = 512  # of a judge's answer at most
+FORMAT = 2  # of the journal; raised where an older one cannot be gone on from
 
 
 @dataclass
@@ -54,43 +53,10 @@ class Run:
             await client.close()
 
 
-def settings_of(args: argparse.Namespace) -> Settings:
-    """Return how documents are rewritten.
-
-    Raises:
-        ValueError: a flag that cannot be.
-    """
-    if args.attempts < 1 or args.rephrasings < 1:
-        raise ValueError("--attempts and --rephrasings must be at least 1")
-    if args.temperature < 0 or not 0 < args.top_p <= 1:
-        raise ValueError("--temperature must be 0 or more, --top-p above 0 and at most 1")
-    if not 0 < args.length_bounds[0] < args.length_bounds[1]:
-        raise ValueError(
-            f"--length-bounds {args.length_bounds}: wanted LEAST MOST, LEAST below MOST"
-        )
-    most = args.max_new_tokens or 4 * args.chunk_tokens
-    return Settings(
-        task=args.task,
-        rephrasings=args.rephrasings,
-        chunk_tokens=args.chunk_tokens,
-        excerpt_tokens=args.excerpt_tokens,
-        language=args.language if args.task == "rewrite" else args.language or "en",
-        styles=tuple(args.styles),
-        perspectives=tuple(args.perspectives),
-        sampler=Sampler(args.temperature, args.top_p, most),
-        retry_temperature=args.retry_temperature,
-        attempts=args.attempts,
-        on_failure=args.on_failure,
-        may_copy=args.may_copy,
-        length_bounds=tuple(args.length_bounds),
-        seed=args.seed,
-    )
-
-
 def build_run(
     args: argparse.Namespace,
     workers: int = 1,
-    budget_share: float = 1.0,
+    budget: Budget | None = None,
     on_chunk: Callable[[Chunk, float], None] = lambda chunk, share: None,
 ) -> Run:
     """Put a run together; must be called where its event loop runs.
@@ -98,14 +64,14 @@ def build_run(
     Args:
         args: of the command line.
         workers: how many share the concurrency.
-        budget_share: of the budgets (0..1) that this one may spend.
+        budget: that it may spend; that of the flags if None.
         on_chunk: told of each chunk and its share of a document.
 
     Raises:
         ValueError: a flag that cannot be.
     """
     gate = Gate(max(1, args.concurrency // workers))
-    budget = Budget(_part(args.max_requests, budget_share), _part(args.max_tokens, budget_share))
+    budget = budget or Budget(args.max_requests, args.max_tokens)
 
     def client_of(url: str, model: str, key_env: str) -> Client:
         extra = json.loads(args.extra_body) if url == args.server and model == args.model else {}
@@ -134,7 +100,10 @@ def fidelity_of(args: argparse.Namespace, client_of: Callable[[str, str, str], C
         args.min_similarity, args.min_sentence_similarity, args.min_entailment, args.min_judge
     )
     entail = load_entailment(args.entailment) if args.entailment else None
-    ask = _judge(args, client_of) if "judge" in args.checks and args.judge_model else None
+    ask = None
+    if "judge" in args.checks and args.judge_model:
+        server = args.judge_server or args.server
+        ask = endpoint_judge(client_of(server, args.judge_model, args.api_key_env))
     executor = None
     if args.check_processes:
         context = multiprocessing.get_context("spawn")
@@ -158,7 +127,9 @@ def identity_of(args: argparse.Namespace, paths: Sequence[Path]) -> dict[str, An
     return json.loads(
         json.dumps(
             {
+                "format of the journal": FORMAT,
                 "--input": input_identity(paths),
+                "--skip-bad-records": args.skip_bad_records,
                 "--text-field": args.text_field,
                 "--limit": args.limit,
                 "--documents-per-part": args.documents_per_part,
@@ -173,25 +144,6 @@ def identity_of(args: argparse.Namespace, paths: Sequence[Path]) -> dict[str, An
     )
 
 
-def check_flags(args: argparse.Namespace) -> None:
-    """Check the flags that texts, prompts and checks depend on, before anything is written.
-
-    Raises:
-        ValueError: one that cannot be.
-    """
-    chosen = settings_of(args)
-    split_document("", chosen.chunk_tokens, chosen.excerpt_tokens)
-    language = chosen.language or "en"
-    Library(args.prompts).choose(
-        "", 1, chosen.rephrasings, chosen.task, language, chosen.language, chosen.styles,
-        chosen.perspectives,
-    )  # fmt: skip
-    for check, model in (("entailment", args.entailment), ("judge", args.judge_model)):
-        if check in args.checks and not model:
-            flag = "--entailment" if check == "entailment" else "--judge-model"
-            raise ValueError(f"--checks {check}: name the model with {flag}")
-
-
 def claim(output: Path, identity: dict[str, Any]) -> str:
     """Return the run's name, having written its identity into the folder or found it there.
 
@@ -200,9 +152,9 @@ def claim(output: Path, identity: dict[str, Any]) -> str:
     """
     path = output / RUN
     try:
-        there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else identity
+        there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         changed = [key for key in identity if there.get(key) != identity[key]]
-        if changed and (output / JOURNALS).exists():
+        if changed and ((output / JOURNALS).exists() or (output / RECORDS).exists()):
             raise ValueError(
                 f"--output {output}: holds a run with other {', '.join(changed)}; give another "
                 "--output, or remove the folder to begin again"
@@ -213,32 +165,6 @@ def claim(output: Path, identity: dict[str, Any]) -> str:
     except OSError as error:
         raise ValueError(f"--output {output}: cannot be written ({error.strerror})") from error
     return hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
-
-
-def token_counter(path: Path | None) -> CountTokens:
-    """Return what counts tokens: a sentencepiece or Kimi tokenizer, an estimate without one.
-
-    Raises:
-        ValueError: the file is no tokenizer.
-    """
-    if path is None:
-        return estimate_tokens
-    from megatron_k2.chat.tokenizer import RANK_FILE, KimiTokenizer
-
-    if path.is_dir() or path.name == RANK_FILE:
-        kimi = KimiTokenizer(path)
-        return lambda text: len(kimi.encode(text))
-    import sentencepiece
-
-    try:
-        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"--tokenizer-model {path}: {error}") from error
-    return lambda text: len(model.encode(text))
-
-
-def _part(total: int | None, share: float) -> int | None:
-    return None if total is None else int(total * share)
 
 
 def _embedder(args: argparse.Namespace, client_of: Callable[[str, str, str], Client]) -> Embed:
@@ -252,16 +178,6 @@ def _embedder(args: argparse.Namespace, client_of: Callable[[str, str, str], Cli
         url = args.embedding_server or args.server
         return endpoint_embedder(client_of(url, args.embedding_model, args.api_key_env))
     raise ValueError(f"--embedder {args.embedder}: wanted hashed-ngrams, hf:FOLDER or endpoint")
-
-
-def _judge(args: argparse.Namespace, client_of: Callable[[str, str, str], Client]) -> Ask:
-    client = client_of(args.judge_server or args.server, args.judge_model, args.api_key_env)
-
-    async def ask(messages: list[dict[str, str]], seed: int) -> tuple[str, int]:
-        answer = await client.chat(messages, Sampler(0.0, 1.0, JUDGE_TOKENS), seed)
-        return answer.text, answer.prompt_tokens + answer.completion_tokens
-
-    return ask
 
 
 def _digest(path: Path | None) -> str | None:

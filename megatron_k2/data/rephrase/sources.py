@@ -1,25 +1,28 @@
 """The documents to rewrite, cut into parts: the unit of publishing, resuming and of Ray's tasks.
 
 Read are JSONL (plain, gzip, zstd; one object with a text a line) and plain text (one document a
-file). A part is a run of lines of one file; a reader skips to it, which costs little beside a
-language model. White space alone is no document.
+file), by the reader of `preprocess/line_reader.py`. Every line is looked at before the run begins,
+so that none stops it later. A part is a run of lines of one file; a reader skips to it, which costs
+little beside a language model. White space alone is no document.
 """
 
 from __future__ import annotations
 
 import glob
-import gzip
 import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-JSONL = (".jsonl", ".ndjson", ".json")
-PACKED = (".gz", ".zst")
+from megatron_k2.data.preprocess.line_reader import LineReader
+from megatron_k2.data.preprocess.sources import find_sources
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 IDENTITY_BYTES = 1 << 20  # read of each end of a file to tell whether it is the same
 
 
@@ -38,7 +41,8 @@ class Source:
 class Part:
     """Lines `first_line` and on of a file; `num_documents` of them are documents.
 
-    `file` is the path below the folder that all inputs share, the same on every machine.
+    `file` is the path below the folder that all inputs share, the same on every machine. With
+    `skips`, lines that are no documents are left out, else they are errors.
     """
 
     index: int
@@ -47,6 +51,7 @@ class Part:
     first_line: int
     num_documents: int
     text_field: str
+    skips: bool = False
 
     @property
     def name(self) -> str:
@@ -79,27 +84,46 @@ def identity(paths: Sequence[Path]) -> list[Any]:
 
 
 def plan_parts(
-    paths: Sequence[Path], per_part: int, text_field: str, limit: int | None
+    paths: Sequence[Path],
+    per_part: int,
+    text_field: str,
+    limit: int | None,
+    skipped: Counter[str] | None = None,
+    look: Callable[[Source], None] = lambda source: None,
 ) -> list[Part]:
-    """Cut files into parts.
+    """Cut files into parts, looking at every document.
 
     Args:
         paths: files.
         per_part: documents of a part at most.
         text_field: of JSON objects.
         limit: documents in all at most.
+        skipped: counts the lines of each file that are no documents; None to refuse them.
+        look: shown each document.
 
     Raises:
-        ValueError: a file that cannot be read, or no document at all.
+        ValueError: a file that cannot be read, a line that is no document, or no document at all.
     """
     root = Path(os.path.commonpath([path.resolve().parent for path in paths]))
     parts: list[Part] = []
     left = limit if limit is not None else 1 << 62
     for path in paths:
         file = path.resolve().relative_to(root).as_posix()
-        for first, count in _runs(path, per_part, left):
-            parts.append(Part(len(parts), str(path), file, first, count, text_field))
-            left -= count
+        whole = Part(0, str(path), file, 0, left, text_field, skipped is not None)
+        first = count = 0
+        for source in _documents(whole, skipped if skipped is not None else Counter()):
+            if not left:
+                break
+            look(source)
+            first = source.line if not count else first
+            count, left = count + 1, left - 1
+            if count == per_part:
+                parts.append(
+                    replace(whole, index=len(parts), first_line=first, num_documents=count)
+                )
+                count = 0
+        if count:
+            parts.append(replace(whole, index=len(parts), first_line=first, num_documents=count))
     if not parts:
         raise ValueError(f"--input {' '.join(map(str, paths))}: no document in them")
     return parts
@@ -111,54 +135,60 @@ def read_part(part: Part) -> Iterator[Source]:
     Raises:
         ValueError: a line that is no document; names file and line.
     """
-    path, left = Path(part.path), part.num_documents
-    if not _is_jsonl(path):
-        with _open(path) as file:
-            yield _source(part.file, 0, _decoded(file.read(), path, 0), part.file)
-        return
-    with _open(path) as file:
-        for number, line in enumerate(file, 1):
-            if number < part.first_line or not line.strip():
-                continue
-            yield _read_line(part, number, line)
-            left -= 1
-            if not left:
-                return
-    raise ValueError(f"--input {path}: became shorter while it was read")
+    left = part.num_documents
+    for source in _documents(part, Counter()):
+        yield source
+        left -= 1
+        if not left:
+            return
+    raise ValueError(f"--input {part.path}: became shorter while it was read")
 
 
-def _runs(path: Path, per_part: int, left: int) -> Iterator[tuple[int, int]]:
-    """Yield (first line, number of documents) of a file's parts."""
-    if not _is_jsonl(path):
-        if left > 0 and path.stat().st_size:
-            yield 0, 1
-        return
-    first = count = 0
-    with _open(path) as file:
+def _documents(part: Part, skipped: Counter[str]) -> Iterator[Source]:
+    """Yield the documents from a part's first line to the end of its file."""
+    kind = find_sources([part.path])[0].format
+    if kind == "parquet":
+        raise ValueError(f"--input {part.path}: Parquet is not read here; write it as JSONL")
+    lines = _lines(part.path)
+    for number, line in enumerate(lines if kind == "jsonl" else [b"".join(lines)], 1):
+        if number < part.first_line or not line.strip():
+            continue
         try:
-            for number, line in enumerate(file, 1):
-                if left <= 0:
-                    break
-                if not line.strip():
-                    continue
-                first = first or number
-                count, left = count + 1, left - 1
-                if count == per_part:
-                    yield first, count
-                    first = count = 0
-        except (OSError, EOFError) as error:
-            raise ValueError(f"--input {path}: cannot be read ({error})") from error
-    if count:
-        yield first, count
+            if kind == "jsonl":
+                yield _read_line(part, number, line)
+            else:
+                yield _source(part.file, 0, _decoded(line, Path(part.path), 0), part.file)
+        except ValueError as error:
+            if not part.skips:
+                raise ValueError(f"{error}; --skip-bad-records leaves it out") from error
+            skipped[part.file] += 1
+
+
+def _lines(path: str) -> Iterator[bytes]:
+    """Yield a file's lines, without a byte order mark."""
+    mark = BYTE_ORDER_MARK
+    try:
+        reader = LineReader(find_sources([path])[0])
+        try:
+            for _, lines in reader.chunks(1 << 62):
+                yield from io.BytesIO(lines.removeprefix(mark))
+                mark = b""
+        finally:
+            reader.close()
+    except OSError as error:
+        raise ValueError(f"--input {path}: cannot be read ({error.strerror or error})") from error
 
 
 def _read_line(part: Part, number: int, line: bytes) -> Source:
     path, field = Path(part.path), part.text_field
     where = f"--input {path}: line {number}"
+    text = _decoded(line, path, number)
     try:
-        record = json.loads(_decoded(line, path, number))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON ({error.msg})") from error
+        record = json.loads(text)
+    except ValueError as error:  # of the decoder, or a number of thousands of digits
+        raise ValueError(f"{where} is not JSON ({getattr(error, 'msg', error)})") from error
+    except RecursionError:
+        raise ValueError(f"{where} is JSON that is nested too deep") from None
     if not isinstance(record, dict) or not isinstance(record.get(field), str):
         raise ValueError(f'{where} has no "{field}" that holds a string; see --text-field')
     name = record.get("id", f"{part.file}:{number}")
@@ -166,7 +196,9 @@ def _read_line(part: Part, number: int, line: bytes) -> Source:
 
 
 def _source(file: str, number: int, text: str, name: str) -> Source:
-    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    text, name = (
+        x.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for x in (text, name)
+    )
     digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     return Source(file, number, text, name, digest)
 
@@ -178,37 +210,6 @@ def _decoded(raw: bytes, path: Path, number: int) -> str:
         raise ValueError(
             f"--input {path}: line {number} is not UTF-8 (byte {error.start})"
         ) from error
-
-
-def _is_jsonl(path: Path) -> bool:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    while suffixes and suffixes[-1] in PACKED:
-        suffixes.pop()
-    return bool(suffixes) and suffixes[-1] in JSONL
-
-
-def _open(path: Path) -> BinaryIO:
-    try:
-        if path.suffix.lower() == ".gz":
-            return gzip.open(path, "rb")  # type: ignore[return-value]
-        if path.suffix.lower() == ".zst":
-            return _open_zstd(path)
-        return path.open("rb")
-    except OSError as error:
-        raise ValueError(f"--input {path}: cannot be read ({error.strerror})") from error
-
-
-def _open_zstd(path: Path) -> BinaryIO:
-    try:
-        import zstandard
-    except ImportError as error:
-        raise ValueError(
-            f"--input {path}: zstandard is needed; to install: pip install 'megatron-k2[data]'"
-        ) from error
-    stream = zstandard.ZstdDecompressor().stream_reader(
-        path.open("rb"), read_across_frames=True, closefd=True
-    )
-    return io.BufferedReader(stream)  # type: ignore[arg-type]
 
 
 def _ends(path: Path) -> str:

@@ -92,7 +92,7 @@ class ScriptedServer:
 
     async def _one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         head = await reader.readuntil(b"\r\n\r\n")
-        size = int(re.search(rb"content-length: (\d+)", head, re.IGNORECASE)[1])
+        size = int(re.search(rb"content-length: (\d+)", head, re.IGNORECASE)[1])  # type: ignore[index]
         raw = await reader.readexactly(size)
         self.under_way += 1
         self.times_s.append(time.perf_counter())
@@ -181,9 +181,9 @@ class ScriptedServer:
 
 
 @contextmanager
-def serving(plan: Plan) -> Iterator[ScriptedServer]:
-    """Run a server in a thread."""
-    server = ScriptedServer(plan)
+def serving(plan: Plan, kind: type[ScriptedServer] = ScriptedServer) -> Iterator[ScriptedServer]:
+    """Run a server, of a class of one's own if need be, in a thread."""
+    server = kind(plan)
     loop = asyncio.new_event_loop()
     ready, stop = threading.Event(), asyncio.Event()
 

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[4]
 EXAMPLE = ROOT / "examples" / "smollm2"
 ANSWERS = Path(__file__).parent / "smollm2_answers.jsonl"
 NUM_DOCUMENTS = 6
+REJECTED = {"copied": 8, "leak": 5, "truncated": 3, "numbers": 2, "clauses": 1, "length": 1}
 
 
 def example_flags(url: str, output: Path) -> list[str]:
@@ -39,12 +40,11 @@ def test_a_small_models_answers_are_judged_and_nearly_all_rejected(tmp_path: Pat
     assert failed == []
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["documents"] == NUM_DOCUMENTS
-    assert report["rewritings"] + report["rewritings_dropped"] == NUM_DOCUMENTS
-    assert report["rewritings"] <= 1
+    assert (report["rewritings"], report["rewritings_dropped"]) == (1, NUM_DOCUMENTS - 1)
     assert report["requests"] == len(records)
-    # It copies, tells of its task, does not stop, and loses numbers.
-    least = {"copied": 6, "leak": 5, "truncated": 3, "numbers": 2}
-    rejected = report["rejected_by_check"]
-    assert {check: count for check, count in least.items() if rejected[check] < count} == {}
+    # It copies, tells of its task, does not stop, and loses numbers: the example's README.
+    assert report["rejected_by_check"] == REJECTED
+    said = ", ".join(f"{check} {count}" for check, count in REJECTED.items())
+    assert f"| {said} |" in (EXAMPLE / "README.md").read_text()
     used = [answer["usage"]["completion_tokens"] for answer in records.values()]
     assert report["completion_tokens"] == sum(used)

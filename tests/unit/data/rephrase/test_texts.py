@@ -212,8 +212,11 @@ def test_a_line_that_is_no_document_is_named(tmp_path: Path) -> None:
 
 def test_a_journal_drops_a_torn_line_and_refuses_another_run_and_process(tmp_path: Path) -> None:
     path = tmp_path / "journal" / "p.jsonl"
-    value = {"verdicts": [{"tokens": 3}], "troubles": {"timeout": 2}, "tokens": [5, 7]}
+    value = {"text": "t", "tokens": [5, 7]}
     journal = Journal(path, "a")
+    journal.settled(journal.sent(90), 90, "timeout")
+    journal.settled(journal.sent(80), 12, "")
+    journal.sent(70)  # and the process was killed
     journal.record("k", value)
     with pytest.raises(RuntimeError, match="recorded before"):
         journal.record("k", value)
@@ -225,7 +228,7 @@ def test_a_journal_drops_a_torn_line_and_refuses_another_run_and_process(tmp_pat
         path.write_bytes(whole + whole[-40:][:cut])
         journal = Journal(path, "a")
         assert journal.get("k") == value and journal.get("other") is None
-        assert journal.spent() == (1 + 2 + 1, 5 + 7 + 3)
+        assert journal.spent() == (3, 90 + 12 + 70) and journal.troubles == {"timeout": 1}
         journal.close()
         assert path.read_bytes() == whole
     with pytest.raises(ValueError, match="other input or flags"):
