@@ -42,6 +42,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 HEAVY = (
     "dp2",
+    "dp4",
     "dp8",
     "tp2",
     "tp2-dp2",
