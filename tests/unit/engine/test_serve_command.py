@@ -44,6 +44,7 @@ def test_a_recorded_answer_is_given_again_and_no_other(tmp_path: Path) -> None:
     assert (other.status_code, other.json()["error"]["code"]) == (404, "not_recorded")
 
 
+@pytest.mark.evidence  # a process of its own
 def test_sigterm_ends_the_process_cleanly(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     path.write_text('{"comment": "none"}\n')

@@ -48,6 +48,7 @@ def test_more_replicas_share_the_optimizer() -> None:
     assert many == pytest.approx(few / 2, rel=0.01)
 
 
+@pytest.mark.evidence  # 20 s of pricing
 def test_a_plan_is_printed_and_its_flags_are_in_the_json(tmp_path: Path, capsys) -> None:
     file, picture = tmp_path / "plan.json", tmp_path / "plan.png"
     arguments = ["--k2-preset", "k2-micro", "--gpus", "4", "--cluster", "h100", "--tp", "1"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -266,6 +267,7 @@ def test_twelve_kills_give_the_same_bytes(tmp_path: Path) -> None:
     check_kills(tmp_path, 30, list(range(6, 102, 8)))
 
 
+@pytest.mark.evidence  # half a minute of starting Ray
 def test_ray_gives_the_same_records_as_local_mode(tmp_path: Path) -> None:
     from megatron_k2.compat import optional
 
@@ -275,7 +277,10 @@ def test_ray_gives_the_same_records_as_local_mode(tmp_path: Path) -> None:
     extra = ("--chunk-tokens", "64", "--attempts", "6", "--rephrasings", "2")
     with serving(Plan(("status 500",), ANSWERS)) as server:
         assert rephrase(*flags(server, corpus, tmp_path / "local", *extra)) == []
-        assert rephrase(*flags(server, corpus, tmp_path / "ray", *extra, "--ray")) == []
+        try:
+            assert rephrase(*flags(server, corpus, tmp_path / "ray", *extra, "--ray")) == []
+        finally:
+            importlib.import_module("ray").shutdown()  # its daemons would outlive this test
     assert published(tmp_path / "ray") == published(tmp_path / "local")
     assert len(records(tmp_path / "ray")) == 46
 
