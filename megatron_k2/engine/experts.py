@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_k2.engine import host_kernels
 from megatron_k2.engine.weights import ExpertWeights, GatedWeights
-from megatron_k2.model.router import _EPSILON
+from megatron_k2.model.router import EPSILON
 from megatron_k2.model.swiglu import swiglu_forward
 
 
@@ -43,7 +43,7 @@ def choose(weights: ExpertWeights, x: Tensor) -> tuple[Tensor, Tensor]:
     biased = scores if weights.bias is None else scores + weights.bias
     experts = torch.topk(biased, weights.topk, dim=-1).indices
     chosen = scores.gather(1, experts)
-    return experts, chosen.div_(chosen.sum(-1, keepdim=True).add_(_EPSILON)).mul_(weights.scaling)
+    return experts, chosen.div_(chosen.sum(-1, keepdim=True).add_(EPSILON)).mul_(weights.scaling)
 
 
 def expert_mlp(weights: ExpertWeights, x: Tensor, experts: Tensor, probs: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-_EPSILON = 1e-20
+EPSILON = 1e-20
 """Upstream's guard of the normalisation (``moe_utils.topk_routing_with_score_function``)."""
 
 _DRAWS = 65536
@@ -75,7 +75,7 @@ class K2TopKRouter(TopKRouter):
         scores = torch.sigmoid(logits.float())
         routing_map = self._choose(scores.detach())
         chosen = scores * routing_map
-        probs = chosen / (chosen.sum(dim=-1, keepdim=True) + _EPSILON)
+        probs = chosen / (chosen.sum(dim=-1, keepdim=True) + EPSILON)
         if self.config.moe_router_topk_scaling_factor:
             probs = probs * self.config.moe_router_topk_scaling_factor
         probs = probs.type_as(logits)
@@ -108,7 +108,7 @@ class K2TopKRouter(TopKRouter):
         padding_mask: Tensor | None,
     ) -> Tensor:
         """Attach upstream's auxiliary losses; they see the unbiased top-k of normalised scores."""
-        scores = scores / (scores.sum(dim=-1, keepdim=True) + _EPSILON)
+        scores = scores / (scores.sum(dim=-1, keepdim=True) + EPSILON)
         chosen = topk_mask(scores.detach(), self.topk)
         padded = padding_mask is not None
         if padding_mask is not None:

@@ -37,8 +37,10 @@ examples:
   tools/generate.py --load DIR --chat --system 'You are brief.'
 """
 THREADS = 1
-"""Of the engine on the CPU. k2-nano at batch 32 with one thread and two: see the README of
-megatron_k2/engine; on a machine that others use too, two threads wait for each other."""
+"""Of the engine on the CPU: on a machine that others use too, two threads wait for each other. Two
+were not measured on a quiet machine."""
+SERVED = 32
+"""Requests that a server has under way at once; tools/bench/generate.py measures this batch."""
 CACHE_BYTES = 256 << 20
 """Of the latents at most, by default: 110,000 tokens of k2-nano in fp32."""
 
@@ -124,7 +126,7 @@ def open_checkpoint(folder: str, args: argparse.Namespace) -> tuple[Engine, Chat
     from megatron_k2.engine.server.models import open_format
 
     chat_format = open_format(place, args.chat_format)
-    return make_engine(opened, None, THREADS, args.max_running), chat_format
+    return make_engine(opened, None, THREADS, args.max_running or SERVED), chat_format
 
 
 def tokenizer_folder(opened: OpenedModel) -> str:

@@ -140,23 +140,11 @@ def _open(defaults: dict[str, Any]) -> OpenedModel:
 def _from_hf(args: Any) -> Any:
     """Build the model of the arguments with the weights of --k2-load-hf; unwrapped, eval mode."""
     from megatron.core.utils import unwrap_model
-    from megatron.training.argument_utils import (
-        gpt_config_from_args,
-        pretrain_cfg_container_from_args,
-    )
-    from megatron.training.initialize import initialize_megatron
 
-    from megatron_k2 import parallel
     from megatron_k2.checkpoint.load_hf import LoadHF
+    from megatron_k2.training.sample import build_model
 
-    config = gpt_config_from_args(args)
-    config.post_wrap_hooks.append(LoadHF(Path(args.k2_load_hf)))
-    container = pretrain_cfg_container_from_args(args, config)
-    initialize_megatron()
-    chunks = config.get_builder_cls()(config).build_distributed_models(
-        pg_collection=parallel.get_pg_collection(), ddp_config=container.ddp, wrap_with_ddp=False
-    )
-    return unwrap_model(chunks)[0].eval()
+    return unwrap_model(build_model(args, LoadHF(Path(args.k2_load_hf))))[0].eval()
 
 
 def _hf_defaults(folder: Path) -> dict[str, Any]:

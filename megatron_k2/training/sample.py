@@ -106,6 +106,35 @@ def check_sample_args(args: Any) -> None:
         raise UsageError(f"--k2-sample-tokens {args.k2_sample_tokens} must be at least 1")
 
 
+def build_model(args: Any, *hooks: Any) -> Any:
+    """Build the model of the parsed arguments in this process.
+
+    Args:
+        args: Megatron's validated arguments; the global ones.
+        hooks: run on the chunks once they are built, such as ``LoadHF``.
+
+    Returns:
+        The chunks, bare.
+
+    Collective: initialises the process groups - every rank must call.
+    """
+    from megatron.training.argument_utils import (
+        gpt_config_from_args,
+        pretrain_cfg_container_from_args,
+    )
+    from megatron.training.initialize import initialize_megatron
+
+    from megatron_k2 import parallel
+
+    config = gpt_config_from_args(args)
+    config.post_wrap_hooks.extend(hooks)
+    container = pretrain_cfg_container_from_args(args, config)
+    initialize_megatron()
+    return config.get_builder_cls()(config).build_distributed_models(
+        pg_collection=parallel.get_pg_collection(), ddp_config=container.ddp, wrap_with_ddp=False
+    )
+
+
 def load_model(args: Any) -> Any:
     """Build the model of the parsed arguments in this process and load --load's weights.
 
@@ -118,23 +147,9 @@ def load_model(args: Any) -> Any:
     Collective: initialises the process groups - every rank must call.
     """
     from megatron.core.utils import unwrap_model
-    from megatron.training.argument_utils import (
-        gpt_config_from_args,
-        pretrain_cfg_container_from_args,
-    )
     from megatron.training.checkpointing import load_checkpoint
-    from megatron.training.initialize import initialize_megatron
 
-    from megatron_k2 import parallel
-
-    model_config = gpt_config_from_args(args)
-    container = pretrain_cfg_container_from_args(args, model_config)
-    initialize_megatron()
-    model = model_config.get_builder_cls()(model_config).build_distributed_models(
-        pg_collection=parallel.get_pg_collection(),
-        ddp_config=container.ddp,
-        wrap_with_ddp=False,
-    )
+    model = build_model(args)
     if not load_checkpoint(model, None, None)[0]:
         raise UsageError(f"--load {args.load}: no checkpoint there to sample from")
     return unwrap_model(model)[0].eval()

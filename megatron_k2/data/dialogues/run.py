@@ -72,34 +72,17 @@ def run(
         dialogues = Dialogues(made, len(units))
         if not len(dialogues.lengths):
             raise ValueError(f"--input: no dialogue is left ({dict(_notes(made, units))})")
+        sets = _pack_all(folder, dialogues, job, heldout_share, seed if packs else None, progress)
+        chosen = {"heldout_share": heldout_share, "seed": seed, "packed": packs}
         summary = {
             "version": 1,
-            "settings": {
-                **asdict(job.options),
-                "heldout_share": heldout_share,
-                "seed": seed,
-                "packed": packs,
-            },
+            "settings": asdict(job.options) | chosen,
             "vocab_size": vocab_size,
             "notes": dict(sorted(_notes(made, units).items())),
             "sources": [{"path": s.path, "num_bytes": s.num_bytes} for s in job.sources],
+            "sets": sets,
         }
-        learned = dialogues.learned_tokens()
-        is_heldout = dialogues.hashes.astype(np.float64) / 2.0**64 < heldout_share
-        sets = {}
-        for name, chosen in zip(SETS, (~is_heldout, is_heldout), strict=True):
-            if numbers := np.flatnonzero(chosen).tolist():
-                sets[name] = _pack(
-                    folder,
-                    name,
-                    numbers,
-                    dialogues,
-                    learned,
-                    job,
-                    seed if packs else None,
-                    progress,
-                )
-        publish(folder, prefix, list(sets), summary := summary | {"sets": sets})
+        publish(folder, prefix, list(sets), summary)
     finally:
         journal.close()
     shutil.rmtree(folder)
@@ -170,6 +153,24 @@ def _start(folder: Path, job: Job) -> None:
 def _make(unit: Unit) -> int:
     assert _worker is not None
     return make_unit(*_worker, unit)
+
+
+def _pack_all(
+    folder: Path,
+    dialogues: Dialogues,
+    job: Job,
+    heldout_share: float,
+    seed: int | None,
+    progress: bool,
+) -> dict[str, dict[str, Any]]:
+    """Pack and write both sets; return the counts of those that are not empty."""
+    learned = dialogues.learned_tokens()
+    is_heldout = dialogues.hashes.astype(np.float64) / 2.0**64 < heldout_share
+    found = {}
+    for name, chosen in zip(SETS, (~is_heldout, is_heldout), strict=True):
+        if numbers := np.flatnonzero(chosen).tolist():
+            found[name] = _pack(folder, name, numbers, dialogues, learned, job, seed, progress)
+    return found
 
 
 def _pack(

@@ -45,6 +45,7 @@ examples:
     -d '{{"model": "hf", "messages": [{{"role": "user", "content": "Hello"}}]}}'
 """
 
+IN_TURN = 4  # requests that transformers decodes one after the other
 OpenCheckpoint = Callable[[str, argparse.Namespace], tuple[Engine, ChatFormat]]
 
 
@@ -76,9 +77,9 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--max-running",
         type=int,
-        default=4,
         metavar="N",
-        help="requests that are decoded in turn; others wait; default 4",
+        help="requests under way at once; others wait; default 4 by transformers, which decodes "
+        "them in turn, 32 by the local engine",
     )
     add("--record", type=Path, metavar="FILE", help="append the model's answers to a JSONL file")
     add("--replay", type=Path, metavar="FILE", help="give recorded answers; no model is loaded")
@@ -97,7 +98,7 @@ def run(args: argparse.Namespace, open_checkpoint: OpenCheckpoint | None = None)
         ValueError: a flag or a model that cannot be used, or a package that it needs is missing.
     """
     check_serve_flags(args)
-    if args.max_running < 1:
+    if args.max_running is not None and args.max_running < 1:
         raise ValueError(f"--max-running {args.max_running}: must be 1 or more")
     if args.record and args.replay:
         raise ValueError("--record and --replay exclude each other")
@@ -114,7 +115,7 @@ def run(args: argparse.Namespace, open_checkpoint: OpenCheckpoint | None = None)
         engine, chat_format = open_checkpoint(args.model, args)
     else:
         engine, chat_format = open_with_transformers(
-            args.model, args.tokenizer, args.chat_format, args.max_running
+            args.model, args.tokenizer, args.chat_format, args.max_running or IN_TURN
         )
     serve_engine(engine, chat_format, name, args, _recorder(args.record))
 

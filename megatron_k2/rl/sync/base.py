@@ -9,6 +9,7 @@ engine beside every trainer (arXiv 2507.20534, 3.3.1); what it checks is not pub
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 from megatron_k2.engine.base import Engine
@@ -42,7 +43,7 @@ class Receiver(Protocol):
         """Return the fingerprint of what the engine has now, and claims to be ``version``."""
 
 
-class Push:
+class Push(ABC):
     """What every sync does; subclasses say how weights travel.
 
     Args:
@@ -91,13 +92,13 @@ class Push:
             self._gate.refuse(version, f"weights {version}: {error or type(error).__name__}")
             raise
 
+    @abstractmethod
     async def _publish(self, version: int) -> Fingerprint:
         """Return the trainer's fingerprint; send or write its weights if that comes first."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def _bring(self, version: int) -> None:
         """Change the engine's weights."""
-        raise NotImplementedError
 
     async def _compare(self, trainer: Fingerprint) -> None:
         engine = await self._receiver.fingerprint(trainer.version)
