@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from megatron_k2.chat.format import Event, Message, Parsed, TextDelta, Tools
+from megatron_k2.chat.format import Message, Tools
+from megatron_k2.chat.plain_text import PlainParser
 
 _PROBE = "7"  # an answer of one token, to see what the template puts after it
 
@@ -86,9 +87,9 @@ class HuggingFaceFormat:
             raise ValueError(f"the chat template does not render: {error}") from error
         return list(found["input_ids"])
 
-    def parser(self, messages: Sequence[Message], tools: Tools | None = None) -> TextParser:
+    def parser(self, messages: Sequence[Message], tools: Tools | None = None) -> PlainParser:
         """Return a reader of the answer to these messages."""
-        return TextParser(self.tokenizer, self.stop_ids)
+        return PlainParser(self.decode, self.stop_ids)
 
     def encode_text(self, text: str) -> list[int]:
         """Return the ids of plain text, in which nothing is a control token."""
@@ -98,46 +99,7 @@ class HuggingFaceFormat:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, control tokens by name."""
-        return str(_decode(self.tokenizer, list(ids)))
-
-
-class TextParser:
-    """Reads an answer as text; see ``format.AnswerParser``."""
-
-    def __init__(self, tokenizer: Any, stop_ids: Sequence[int]) -> None:
-        """Start before the first token."""
-        self._tokenizer = tokenizer
-        self._stop = set(stop_ids)
-        self._ids: list[int] = []
-        # Text is what the last ids add to those before them, which were said already: a decoder
-        # may treat the first id of a text apart (leading spaces), and a character may need several.
-        self._context = self._said = 0
-        self._content: list[str] = []
-        self._has_ended = False
-
-    def feed(self, ids: Sequence[int]) -> list[Event]:
-        """Return what these ids say; nothing counts after an id that ends the message."""
-        for token in map(int, ids):
-            self._has_ended = self._has_ended or token in self._stop
-            if not self._has_ended:
-                self._ids.append(token)
-        return self._say(holds_back=True)
-
-    def finish(self) -> tuple[list[Event], Parsed]:
-        """Return what was held back, and the whole answer."""
-        events = self._say(holds_back=False)
-        return events, Parsed({"role": "assistant", "content": "".join(self._content)})
-
-    def _say(self, holds_back: bool) -> list[Event]:
-        before = _decode(self._tokenizer, self._ids[self._context : self._said])
-        text = _decode(self._tokenizer, self._ids[self._context :])
-        new = text[len(before) :]
-        if not new or (holds_back and new.endswith("\ufffd")):
-            return []
-        self._context, self._said = self._said, len(self._ids)
-        self._content.append(new)
-        return [TextDelta(new)]
-
-
-def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        text = self.tokenizer.decode(
+            list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return str(text)

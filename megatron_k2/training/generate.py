@@ -11,11 +11,12 @@ import argparse
 import asyncio
 import itertools
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_k2.chat.format import ChatFormat, TextDelta
+from megatron_k2.chat.format import ChatFormat, Event, TextDelta
+from megatron_k2.chat.plain_text import PlainParser
 from megatron_k2.engine.base import Engine, Piece, Request, Sampling
 from megatron_k2.inputs import UsageError
 from megatron_k2.training.command_line import run_tool
@@ -135,24 +136,6 @@ def tokenizer_folder(opened: OpenedModel) -> str:
     return str(path if path.is_dir() else path.parent)
 
 
-class Shown:
-    """Text that grows by whole characters while ids arrive."""
-
-    def __init__(self, decode: Callable[[list[int]], str], ids: list[int]) -> None:
-        """Start after ``ids``: what follows may depend on them (a leading space)."""
-        self._decode, self._ids = decode, list(ids)
-        self._text = decode(self._ids)
-
-    def add(self, ids: tuple[int, ...], is_last: bool) -> str:
-        """Return the new text; a character whose bytes are not all there waits."""
-        self._ids += ids
-        text = self._decode(self._ids)
-        if text.endswith("\ufffd") and not is_last:
-            return ""
-        new, self._text = text[len(self._text) :], text
-        return new
-
-
 class Terminal:
     """Prompts and dialogues over an engine, written to standard output."""
 
@@ -176,12 +159,11 @@ class Terminal:
         tokenizer = self._tokenizer
         eod = tokenizer.eod
         prompt = tokenizer.tokenize(text) or [eod]
-        shown = Shown(tokenizer.detokenize, prompt)
+        reader = PlainParser(tokenizer.detokenize, (eod,), prompt)
         print(text, end="", flush=True)
         async for piece in self._pieces(prompt, (eod,)):
-            ids = tuple(one for one in piece.ids if one != eod)
-            print(shown.add(ids, piece.finish_reason is not None), end="", flush=True)
-        print()
+            print(_text(reader.feed(piece.ids)), end="", flush=True)
+        print(_text(reader.finish()[0]), flush=True)
 
     async def chat(self, chat_format: ChatFormat, lines: Iterator[str]) -> None:
         """Answer each line until there are no more, or /quit."""
@@ -205,10 +187,14 @@ class Terminal:
             for event in reader.feed(piece.ids):
                 print(event.text if isinstance(event, TextDelta) else event, end="", flush=True)
         events, parsed = reader.finish()
-        print("".join(one.text for one in events if isinstance(one, TextDelta)), flush=True)
+        print(_text(events), flush=True)
         for problem in parsed.problems:
             print(f"({problem})", file=sys.stderr)
         return parsed.message
+
+
+def _text(events: Sequence[Event]) -> str:
+    return "".join(one.text for one in events if isinstance(one, TextDelta))
 
 
 async def _serve_terminal(

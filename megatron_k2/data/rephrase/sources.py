@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_k2.data.preprocess.line_reader import LineReader
+from megatron_k2.data.preprocess.records import BOM
 from megatron_k2.data.preprocess.sources import find_sources
 
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 IDENTITY_BYTES = 1 << 20  # read of each end of a file to tell whether it is the same
 
 
@@ -166,7 +166,7 @@ def _documents(part: Part, skipped: Counter[str]) -> Iterator[Source]:
 
 def _lines(path: str) -> Iterator[bytes]:
     """Yield a file's lines, without a byte order mark."""
-    mark = BYTE_ORDER_MARK
+    mark = BOM
     try:
         reader = LineReader(find_sources([path])[0])
         try:

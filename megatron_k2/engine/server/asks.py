@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_k2.chat.format import AnswerParser, ChatFormat
+from megatron_k2.chat.plain_text import PlainParser
 from megatron_k2.engine.base import Sampling
 from megatron_k2.engine.server.errors import ApiError
 from megatron_k2.engine.server.fields import Fields, is_ids, wrong
-from megatron_k2.engine.server.text import PlainParser
 
 MOST_CHOICES = 128  # n times prompts of a request
 MOST_STOPS = 16  # stop strings; OpenAI allows 4
@@ -71,7 +71,7 @@ class Ask:
         """Return a reader of one choice."""
         if self.messages:
             return chat_format.parser(self.messages, self.tools)
-        return PlainParser(chat_format, self.sampling.stop_ids)
+        return PlainParser(chat_format.decode, self.sampling.stop_ids)
 
 
 def read_chat(fields: Fields, chat_format: ChatFormat, max_context: int) -> Ask:

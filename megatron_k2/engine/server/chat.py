@@ -13,11 +13,11 @@ from megatron_k2.chat.format import (
     ReasoningDelta,
     TextDelta,
 )
+from megatron_k2.chat.plain_text import PARTIAL
 from megatron_k2.engine.base import Completion, Piece
 from megatron_k2.engine.server.asks import Ask
 from megatron_k2.engine.server.choices import Delta
 from megatron_k2.engine.server.said import Choice, Head, finite, new_id, token_fields, token_name
-from megatron_k2.engine.server.text import PARTIAL
 
 
 class Chat:

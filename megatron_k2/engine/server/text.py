@@ -1,51 +1,10 @@
-"""Text of token ids as they come: whole characters only, and none from a stop string on."""
+"""Stop strings: a text as it comes ends before the first of them."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
-from megatron_k2.chat.format import ChatFormat, Event, Parsed, TextDelta
-
-PARTIAL = "\ufffd"  # what decoding makes of a character whose bytes are not all there
-MOST_HELD = 8  # ids; a character has at most 4 bytes, so more of them are no character
-
-
-class PlainParser:
-    """Reads an answer as plain text, control tokens by name: an ``AnswerParser`` without messages.
-
-    Args:
-        chat_format: decodes.
-        stop_ids: ids that say nothing.
-    """
-
-    def __init__(self, chat_format: ChatFormat, stop_ids: Collection[int]) -> None:
-        self._format, self._stop_ids = chat_format, frozenset(stop_ids)
-        self._ids: list[int] = []  # the last that were told, for what depends on neighbours
-        self._told = 0
-        self._text: list[str] = []
-
-    def feed(self, ids: Sequence[int]) -> list[Event]:
-        """Return the text that is certain now."""
-        self._ids += (i for i in ids if i not in self._stop_ids)
-        return self._tell(finished=False)
-
-    def finish(self) -> tuple[list[Event], Parsed]:
-        """Return what was held back, and the whole text as a message."""
-        events = self._tell(finished=True)
-        return events, Parsed({"role": "assistant", "content": "".join(self._text)})
-
-    def _tell(self, finished: bool) -> list[Event]:
-        held = len(self._ids) - self._told
-        if not held:
-            return []
-        before = self._format.decode(self._ids[: self._told])
-        text = self._format.decode(self._ids)[len(before) :]
-        if not text or (text.endswith(PARTIAL) and held < MOST_HELD and not finished):
-            return []
-        self._ids = self._ids[self._told :]
-        self._told = len(self._ids)
-        self._text.append(text)
-        return [TextDelta(text)]
+from megatron_k2.chat.format import Event, TextDelta
 
 
 class StopStrings:

@@ -18,9 +18,9 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from megatron_k2.chat.format import AnswerParser, Message, Tools
+from megatron_k2.chat.plain_text import PlainParser
 from megatron_k2.engine.base import EngineFull, Piece, Request
 from megatron_k2.engine.server.serving import bound
-from megatron_k2.engine.server.text import PlainParser
 
 VOCABULARY = 256
 END = 0  # of the tiny format
@@ -128,7 +128,7 @@ class ByteFormat:
         return self.encode_text("".join(lines) + str(tools or ""))
 
     def parser(self, messages: Sequence[Message], tools: Tools | None = None) -> AnswerParser:
-        return PlainParser(self, self.stop_ids)
+        return PlainParser(self.decode, self.stop_ids)
 
     def encode_text(self, text: str) -> list[int]:
         return list(text.encode())

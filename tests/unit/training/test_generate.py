@@ -10,19 +10,12 @@ from typing import Any
 import pytest
 
 from megatron_k2.engine.base import Piece, Request
-from megatron_k2.training.generate import Shown, Terminal, main, parser
+from megatron_k2.training.generate import Terminal, main, parser
 from megatron_k2.training.open_model import _found_again
 
 
 def decode(ids: list[int]) -> str:
     return bytes(ids).decode(errors="replace")
-
-
-def test_a_character_is_shown_once_all_of_its_bytes_are_there() -> None:
-    shown = Shown(decode, list(b"caf"))
-    parts = [shown.add((one,), False) for one in "é!".encode()]
-    assert parts == ["", "é", "!"]
-    assert shown.add((0xC3,), True) == "\ufffd"
 
 
 class Scripted:
