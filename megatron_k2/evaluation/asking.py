@@ -1,6 +1,6 @@
 """Asks a server all questions, a bounded number at once, and never twice.
 
-The client is OpenAI's own (extra ``serve``), which retries what passes by itself. Every answer is
+The client is OpenAI's own (extra ``eval``), which retries what passes by itself. Every answer is
 a line of a journal, so that a killed run goes on; the results come out in the order of the tasks,
 whoever answered first. A question that the server refuses for good is an error of that question,
 counted as such, never as a wrong answer.

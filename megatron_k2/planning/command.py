@@ -255,7 +255,7 @@ def _print(title: str, job: str, plan: Plan) -> None:
         for one in plan.finalists:
             print(f"\n# {report.name_of(one.estimate)}")
             start = f"torchrun --nnodes {nodes} --nproc-per-node {gpus // nodes}"
-            print(f"{start} -m megatron_k2.training.pretrain {shlex.join(one.command)}")
+            print(f"{start} -m {JOBS[job].runner} {shlex.join(one.command)}")
         print(f"\n# to add: {JOBS[job].missing}")
     if plan.engines:
         assert plan.traffic is not None

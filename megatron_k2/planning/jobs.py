@@ -24,6 +24,7 @@ class Job:
         trains: a trainer is planned.
         overlap: expert messages may hide under another microbatch's products.
         missing: what a run needs beside the printed flags.
+        runner: the module that the printed command starts.
     """
 
     summary: str
@@ -37,14 +38,26 @@ class Job:
         "--train-iters, --lr where the preset has none, --load and --save; torchrun's --node-rank "
         "and --master-addr"
     )
+    runner: str = "megatron_k2.training.pretrain"
 
+
+_TUNE = "megatron_k2.training.sft"
+_DIALOGUES = (
+    "--train-data-path of tools/preprocess_sft.py and --tokenizer-model, --train-iters, --lr where "
+    "the preset has none, --load and --save; torchrun's --node-rank and --master-addr"
+)
 
 JOBS = {
     "pretrain": Job("all weights, the preset's batch"),
-    "sft": Job("all weights, 256 packed sequences a step", FINE_TUNING, 256),
+    "sft": Job(
+        # The schedule that hides expert messages takes no packed rows (training/pretrain.py).
+        "all weights, 256 packed sequences a step", FINE_TUNING, 256, overlap=False,
+        missing=_DIALOGUES, runner=_TUNE,
+    ),
     "lora": Job(
         "adapters of rank 16 over frozen weights, 256 packed sequences a step",
         (*FINE_TUNING, "--k2-lora-rank", "16", "--transformer-impl", "local"), 256, overlap=False,
+        missing=_DIALOGUES, runner=_TUNE,
     ),
     "rl": Job(
         "all weights, 256 answers a step, and an engine", FINE_TUNING, 256, serves=True,

@@ -77,6 +77,8 @@ def check_sft_args(args: Any) -> None:
     Raises:
         UsageError: packed rows or their loss cannot be had in this way.
     """
+    if args.use_checkpoint_opt_param_scheduler:
+        args.override_opt_param_scheduler = False  # our default; upstream takes one of the two
     for name, flag in (
         ("dataloader_inter_document_masking", "--dataloader-inter-document-masking"),
         ("calculate_per_token_loss", "--calculate-per-token-loss"),
