@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import (
     gather_from_tensor_model_parallel_region,
     scatter_to_sequence_parallel_region,
@@ -57,6 +58,14 @@ class _SumRotaryKeyGradient(torch.autograd.Function):
         return torch.cat((latent, rotary), dim=-1), None, None
 
 
+def _places(packed: PackedSeqParams | None) -> Tensor | None:
+    """Return the places by which upstream applies rotary angles to packed documents."""
+    if packed is None or packed.qkv_format != "thd":
+        return None
+    padded = packed.cu_seqlens_q_padded
+    return packed.cu_seqlens_q if padded is None else padded
+
+
 class K2LatentAttention(LatentContext):
     """What K2 changes in upstream's MLA classes; mixed in before them."""
 
@@ -75,14 +84,27 @@ class K2LatentAttention(LatentContext):
         self.softmax_scale = scale
         self.core_attention.set_softmax_scale_(scale)  # type: ignore[attr-defined]
 
-    def get_query_key_value_tensors(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def get_query_key_value_tensors(
+        self,
+        hidden_states: Tensor,
+        key_value_states: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         """Derive query, key and value as upstream does; shapes as there.
 
         Collective: those of the projections, over ``pg_collection.tp``; ``LatentContext``'s.
         """
-        if isinstance(self.rotary_pos_emb, K2YarnRotaryEmbedding):
-            self.rotary_pos_emb.device = hidden_states.device
-        return super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
+        rotary = self.rotary_pos_emb
+        if isinstance(rotary, K2YarnRotaryEmbedding):
+            rotary.device = hidden_states.device
+            packs = packed_seq_params is not None and self.pg_collection.cp.size() == 1
+            rotary.places = _places(packed_seq_params) if packs else None
+        return super().get_query_key_value_tensors(
+            hidden_states, key_value_states, position_ids, packed_seq_params, *args, **kwargs
+        )
 
     def _qkv_down_projection(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Return (query latent, key-value latent with rotary key), both whole in their last axis.

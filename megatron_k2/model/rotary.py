@@ -58,6 +58,9 @@ class K2YarnRotaryEmbedding(YarnRotaryEmbedding):  # type: ignore[misc]
         cp_group: context-parallel group whose share of the positions is returned.
 
     The attribute ``device`` says where angles are wanted; the attention sets it to its input's.
+    ``places`` are those of packed documents in a whole row, int32 [documents + 1], or None: with
+    them ``forward`` gives every token the angles of its place in its document, which upstream
+    applies at once; without, it goes through the documents one by one.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class K2YarnRotaryEmbedding(YarnRotaryEmbedding):  # type: ignore[misc]
         self.device = torch.device("cpu")
         self.rotary_interleaved = False
         self.cp_group = cp_group
+        self.places: Tensor | None = None
 
     def get_emb(self, max_seq_len: int, offset: int = 0) -> tuple[Tensor, float]:
         """Return (angles fp32 [max_seq_len, 1, 1, dim] modulo 2 pi, factor of cos and sin)."""
@@ -86,6 +90,8 @@ class K2YarnRotaryEmbedding(YarnRotaryEmbedding):  # type: ignore[misc]
         group = self.cp_group if cp_group is None else cp_group
         if group is not None and group.size() > 1 and not packed_seq:
             angles = get_pos_emb_on_this_cp_rank(angles, 0, group)
+        if packed_seq and self.places is not None:
+            angles = angles[packed_positions(self.places)]
         return angles, factor
 
     def get_cached_cos_sin(
@@ -101,6 +107,17 @@ class K2YarnRotaryEmbedding(YarnRotaryEmbedding):  # type: ignore[misc]
             angles, factor = self.forward(seq_len, offset)
             return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
         return _cos_sin(self.settings, seq_len, offset, self.device, dtype)
+
+
+def packed_positions(places: Tensor) -> Tensor:
+    """Return int64 [tokens], the position of every token of a packed row in its document.
+
+    Args:
+        places: int32 [documents + 1], from 0; documents without tokens are allowed.
+    """
+    lengths = places.diff().long()
+    starts = torch.repeat_interleave(places[:-1].long(), lengths)
+    return torch.arange(int(starts.numel()), device=places.device) - starts
 
 
 def set_yarn_factor_(

@@ -11,11 +11,12 @@ experts. ``patches/megatron_core/expert_bias_rule.py`` makes upstream use ``upda
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.router_replay import RouterReplayAction
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -90,14 +91,22 @@ class K2TopKRouter(TopKRouter):
             scores = scores + self.expert_bias
         if self.router_replay is None:
             return topk_mask(scores, self.topk)
+        experts = self._replayed(scores)
+        return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, experts, True)
+
+    def _replayed(self, scores: Tensor) -> Tensor:
+        """Return experts [tokens, k]: replayed, where the target is -1 or there is none chosen."""
+        replay = self.router_replay
 
         def compute_topk(scores: Tensor, topk: int, *groups: int, **unused: int) -> Any:
             return torch.topk(scores, k=topk, dim=1)
 
-        _, experts = self.router_replay.get_replay_topk(
-            scores, self.topk, default_compute_topk=compute_topk
-        )
-        return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, experts, True)
+        if replay.router_replay_action is RouterReplayAction.REPLAY_FORWARD:
+            target = replay.target_topk_idx.to(scores.device)
+            chosen: Tensor = compute_topk(scores, self.topk)[1]
+            return torch.where(target < 0, chosen, target)
+        _, experts = replay.get_replay_topk(scores, self.topk, default_compute_topk=compute_topk)
+        return cast("Tensor", experts)
 
     def _with_aux_losses(
         self,

@@ -120,6 +120,31 @@ def test_packed_sequences_restart_their_positions(longest: int) -> None:
     torch.testing.assert_close(found[:, 0].double(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_rotation_at_once_changes_no_bit_of_document_by_document(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    from megatron_k2.model import mla
+
+    def gradients() -> list[Tensor]:
+        attention = attention_of()
+        hidden = torch.randn(12, 1, attention.config.hidden_size, requires_grad=True)
+        places = torch.tensor([0, 5, 6, 6, 12], dtype=torch.int32)  # one of them is empty
+        packed = PackedSeqParams(
+            qkv_format="thd", cu_seqlens_q=places, cu_seqlens_kv=places,
+            max_seqlen_q=6, max_seqlen_kv=6,
+        )  # fmt: skip
+        output, _ = attention(hidden, None, packed_seq_params=packed)
+        output.square().sum().backward()
+        return [output, *(p.grad for p in attention.parameters()), hidden.grad]  # type: ignore[list-item]
+
+    at_once = gradients()
+    monkeypatch.setattr(mla, "_places", lambda packed: None)
+    one_by_one = gradients()
+    assert all(torch.equal(a, b) for a, b in zip(at_once, one_by_one, strict=True))
+
+
 @pytest.mark.parametrize("modules", [["core_attn"], ["mla_up_proj"], ["core_attn", "mla_up_proj"]])
 def test_selective_recomputation_changes_no_bit(modules: list[str]) -> None:
     hidden = torch.randn(29, 2, 48)
