@@ -95,6 +95,11 @@ class LocalEngine:
         async with self._free:
             await self._run(self._core.update_weights, version, change, under_way)
 
+    async def between_steps(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Run a function of the core in the engine's thread while no step runs."""
+        async with self._free:
+            return await self._run(function, *args)
+
     async def pause(self) -> None:
         """Return when no step runs; none starts before ``resume``."""
         self._resumed.clear()

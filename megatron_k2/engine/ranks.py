@@ -110,8 +110,12 @@ class RankedCore(LocalCore):
         self._send([*self._take(), ("step", ())])
         return super().step()
 
+    def release(self) -> None:
+        """Let ``follow`` return on the other ranks; they call it again before the next step."""
+        self._send([*self._take(), ("release", ())])
+
     def follow(self) -> None:
-        """Take part in everything until the leader closes."""
+        """Take part in everything until the leader releases or closes."""
         does: dict[str, Callable[..., Any]] = {
             "add": super().add,
             "abort": super().abort,
@@ -121,6 +125,8 @@ class RankedCore(LocalCore):
         }
         while True:
             for name, args in self._send([]):
+                if name == "release":
+                    return
                 if name == "close":
                     super().close()
                     return
