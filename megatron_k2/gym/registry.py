@@ -1,7 +1,8 @@
 """Environments by name: ours, and those that other packages bring as entry points.
 
 A package adds one with an entry point of the group ``megatron_k2.environments``, ``name =
-package.module:Class``; its class is imported when the name is asked for.
+package.module:Class``; its class is imported when the name is asked for. A name of that form is
+taken as it stands: an environment that is tried out needs no package.
 """
 
 from __future__ import annotations
@@ -13,7 +14,20 @@ from megatron_k2.compat import entry_points
 from megatron_k2.gym.base import Environment
 
 GROUP = "megatron_k2.environments"
-OURS: dict[str, str] = {}
+OURS: dict[str, str] = {
+    "coding": "megatron_k2.gym.coding:Coding",
+    "issues": "megatron_k2.gym.issues.environment:Issues",
+    "issues_agent": "megatron_k2.gym.issues.agent:IssuesAgent",
+    "mathematics": "megatron_k2.gym.mathematics:Mathematics",
+    "reasoning": "megatron_k2.gym.reasoning:Reasoning",
+    "faithfulness": "megatron_k2.gym.faithfulness:Faithfulness",
+    "instructions": "megatron_k2.gym.instructions.environment:Instructions",
+    "instructions_judged": "megatron_k2.gym.instructions.environment:JudgedInstructions",
+    "safety": "megatron_k2.gym.safety.environment:Safety",
+    "critic_pairs": "megatron_k2.rl.critic.environment:CriticPairsEnvironment",
+    "open_prompts": "megatron_k2.rl.critic.open_prompts:OpenPrompts",
+    "open_ranked": "megatron_k2.rl.critic.open_prompts:RankedPrompts",
+}
 
 
 @cache
@@ -38,8 +52,11 @@ def environment(name: str) -> type[Environment]:
         ValueError: no such name; lists those that there are.
         ImportError: a package that it needs is missing.
     """
-    if name not in known():
+    if ":" not in name and name not in known():
         raise ValueError(f"environment {name!r} is none of {', '.join(sorted(known()))}")
-    module, _, attribute = known()[name].partition(":")
-    found: type[Environment] = getattr(import_module(module), attribute)
+    module, _, attribute = known().get(name, name).partition(":")
+    try:
+        found: type[Environment] = getattr(import_module(module), attribute)
+    except AttributeError as error:
+        raise ValueError(f"environment {name!r}: {module} has no {attribute}") from error
     return found

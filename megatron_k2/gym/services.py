@@ -44,7 +44,7 @@ class Verifiers(Protocol):
 
         Args:
             function: ``package.module:name``; arguments and result can be pickled.
-            timeout_s: from when the call begins to run, not from when it queues.
+            timeout_s: of computing; neither queueing nor waiting for a processor counts.
 
         Raises:
             TimeoutError: it took longer; its process was killed.

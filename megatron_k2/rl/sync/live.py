@@ -73,7 +73,7 @@ class LiveWeights:
                     f"{shard.key}: weights with adapters have no Hugging Face names; merge them, "
                     "or train without --k2-lora-rank"
                 )
-            if self.group is not None and not is_main_replica(shard):
+            if self.group is not None and not is_main_replica(shard.replica_id):
                 continue
             for region in by_key.get(shard.key, []):
                 part = _overlap(shard, region)

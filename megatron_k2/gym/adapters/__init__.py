@@ -1,0 +1,1 @@
+"""Other people's environments and rows as ours, and ours as theirs."""

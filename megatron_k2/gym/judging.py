@@ -1,0 +1,296 @@
+"""Judges: an OpenAI-compatible server, an engine of this process, recorded answers, a script.
+
+An environment asks through ``ask_json``: the question's fields go as one JSON object, so that what
+an answer says cannot pose as the question, and the answer must be one JSON object and nothing else
+(a code fence around it is allowed). What cannot be read is asked for once more; then it is a
+``RuntimeError``, which becomes a verdict of ``error``, never a score. Each judge counts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_k2.chat.format import ChatFormat, Message
+from megatron_k2.data.rephrase.client import ChunkRefused, Client, Endpoint, key_from
+from megatron_k2.data.rephrase.gate import Budget, Gate
+from megatron_k2.data.rephrase.settings import Sampler
+from megatron_k2.engine.base import Engine, EngineFull, Request, Sampling, generate
+from megatron_k2.gym.services import Judge
+from megatron_k2.journal import CheckedLines
+
+ASKED, ASKED_AGAIN, UNREADABLE = "asked", "asked again", "unreadable"
+FULL_TRIES, FULL_WAIT_S = 8, 0.05  # an engine that is full is asked again, waiting twice as long
+_FENCE = re.compile(r"\A```(?:json)?\s*\n(.*)\n```\Z", re.DOTALL | re.IGNORECASE)
+
+
+class Counting:
+    """What every judge here counts: ``counts`` by what happened."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+
+
+class EndpointJudge(Counting):
+    """A model behind an OpenAI-compatible address, at temperature 0.
+
+    Args:
+        client: with its own gate, budget and tries; several judges may share those.
+    """
+
+    def __init__(self, client: Client) -> None:
+        super().__init__()
+        self._client = client
+
+    @property
+    def model(self) -> str:
+        """Name that the server knows it by."""
+        return self._client.endpoint.model
+
+    async def ask(self, messages: Sequence[Message], seed: int, max_tokens: int = 512) -> str:
+        """Return its answer; as ``services.Judge``.
+
+        Raises:
+            RuntimeError: this request is refused, a budget is spent, or the server answers nobody.
+            ValueError: wrong address, key or model; all later requests fail alike.
+        """
+        asked = [{"role": str(m["role"]), "content": str(m["content"])} for m in messages]
+        try:
+            answer = await self._client.chat(asked, Sampler(0.0, 1.0, max_tokens), seed)
+        except ChunkRefused as error:
+            raise RuntimeError(f"the judge refused: {error}") from error
+        return answer.text
+
+    async def close(self) -> None:
+        """Close its connections."""
+        await self._client.close()
+
+
+def connect(
+    url: str, model: str, key_env: str = "", concurrency: int = 16, timeout_s: float = 120.0
+) -> EndpointJudge:
+    """Return the judge of a server.
+
+    Args:
+        url: with the version, such as ``http://localhost:8000/v1``.
+        model: its name there.
+        key_env: environment variable that holds the key; "" for none.
+        concurrency: requests under way at most.
+        timeout_s: of one try.
+    """
+    endpoint = Endpoint(url, model, key_from(key_env) if key_env else "", timeout_s)
+    return EndpointJudge(Client(endpoint, Gate(concurrency), Budget(), max_tries=4))
+
+
+class EngineJudge(Counting):
+    """The weights of an engine of this process: the policy itself, or a frozen copy.
+
+    Args:
+        engine: that generates.
+        chat_format: of its model.
+        name: for the record; the version of the weights is added.
+    """
+
+    def __init__(self, engine: Engine, chat_format: ChatFormat, name: str = "policy") -> None:
+        super().__init__()
+        self._engine, self._format, self._name = engine, chat_format, name
+        self._numbers = itertools.count()
+
+    @property
+    def model(self) -> str:
+        """Name and version of the weights."""
+        return f"{self._name}@{self._engine.weight_version}"
+
+    async def ask(self, messages: Sequence[Message], seed: int, max_tokens: int = 512) -> str:
+        """Return the most probable answer, without its reasoning; as ``services.Judge``.
+
+        Raises:
+            RuntimeError: the question is too long, or the engine stays full.
+        """
+        prompt = tuple(self._format.encode(messages, add_generation_prompt=True))
+        room = self._engine.max_context - len(prompt)
+        sampling = Sampling(
+            max(1, min(max_tokens, room)), 0.0, seed=seed, stop_ids=self._format.stop_ids
+        )
+        request = Request(f"judge-{id(self):x}-{next(self._numbers)}", prompt, sampling)
+        for attempt in range(FULL_TRIES):
+            try:
+                completion = await generate(self._engine, request)
+                break
+            except EngineFull:
+                await asyncio.sleep(FULL_WAIT_S * 2**attempt)
+            except ValueError as error:
+                raise RuntimeError(f"the judge cannot be asked this: {error}") from error
+        else:
+            raise RuntimeError(f"the judge's engine was full {FULL_TRIES} times")
+        if completion.finish_reason == "abort":
+            raise RuntimeError("the judge's engine aborted the request")
+        parser = self._format.parser(messages)
+        parser.feed(completion.ids)
+        _, parsed = parser.finish()
+        return str(parsed.message.get("content") or "")
+
+
+class RecordedJudge(Counting):
+    """What a judge said, by the hash of what it was asked; and what it says to new questions.
+
+    Args:
+        path: journal of answers, for one process at a time.
+        judge: asked what is not in it; None: that is a ``RuntimeError``, no answer is invented.
+        model: name of the judge whose answers they are, where there is none to ask.
+    """
+
+    def __init__(self, path: Path, judge: Judge | None = None, model: str = "") -> None:
+        super().__init__()
+        self._judge, self._model = judge, model
+        self._lines = CheckedLines(path)
+        self._known: dict[str, str] = {line["key"]: line["text"] for line in self._lines.before}
+
+    @property
+    def model(self) -> str:
+        """Name of the judge whose answers they are."""
+        return self._judge.model if self._judge is not None else self._model
+
+    async def ask(self, messages: Sequence[Message], seed: int, max_tokens: int = 512) -> str:
+        """Return the recorded answer, or have one and record it; as ``services.Judge``."""
+        key = question_hash(self.model, messages, seed, max_tokens)
+        if key not in self._known:
+            if self._judge is None:
+                raise RuntimeError(f"no answer is recorded to {str(messages[-1])[:120]}")
+            text = await self._judge.ask(messages, seed, max_tokens)
+            if key not in self._known:  # another may have asked it meanwhile
+                self._lines.append({"key": key, "text": text}, to_disk=False)
+                self._known[key] = text
+        return self._known[key]
+
+    def close(self) -> None:
+        """Flush the journal and let another process have it."""
+        self._lines.close()
+
+
+class ScriptedJudge(Counting):
+    """Answers by a function, for tests.
+
+    Args:
+        answer: of the messages and the seed.
+        model: its name for the record.
+    """
+
+    def __init__(
+        self, answer: Callable[[Sequence[Message], int], str], model: str = "scripted"
+    ) -> None:
+        super().__init__()
+        self._answer, self._model = answer, model
+
+    @property
+    def model(self) -> str:
+        """Its name for the record."""
+        return self._model
+
+    async def ask(self, messages: Sequence[Message], seed: int, max_tokens: int = 512) -> str:
+        """Return what the function says."""
+        return self._answer(messages, seed)
+
+
+def question_hash(model: str, messages: Sequence[Message], seed: int, max_tokens: int) -> str:
+    """Return what tells a question apart."""
+    asked = [model, [dict(message) for message in messages], seed, max_tokens]
+    text = json.dumps(asked, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+async def ask_json[T](
+    judge: Judge,
+    instruction: str,
+    fields: dict[str, Any],
+    read: Callable[[dict[str, Any]], T],
+    seed: int = 0,
+    max_tokens: int = 512,
+) -> T:
+    """Ask a judge and read its answer; what cannot be read is asked for once more.
+
+    Args:
+        judge: to ask.
+        instruction: what to judge, and the object to answer with.
+        fields: what is judged, by name; quoted as JSON.
+        read: takes the answer's object.
+        seed: of the sampler.
+        max_tokens: of an answer.
+
+    Raises:
+        TimeoutError: the judge took too long.
+        RuntimeError: it gave no answer, or none that can be read.
+    """
+    known = getattr(judge, "counts", None)
+    counts: Counter[str] = Counter() if known is None else known
+    messages: list[Message] = [
+        {"role": "system", "content": instruction},
+        {"role": "user", "content": json.dumps(fields, ensure_ascii=False)},
+    ]
+    counts[ASKED] += 1
+    text = await judge.ask(messages, seed, max_tokens)
+    try:
+        return read(strict_object(text))
+    except ValueError as error:
+        counts[ASKED_AGAIN] += 1
+        again = f"That cannot be read ({error}). Answer with the JSON object alone."
+        messages += [{"role": "assistant", "content": text}, {"role": "user", "content": again}]
+    text = await judge.ask(messages, seed + 1, max_tokens)
+    try:
+        return read(strict_object(text))
+    except ValueError as error:
+        counts[UNREADABLE] += 1
+        raise RuntimeError(
+            f"judge {judge.model} gave no judgement ({error}): {text[:120]!r}"
+        ) from (error)
+
+
+def strict_object(text: str) -> dict[str, Any]:
+    """Return the JSON object that a text is, alone or in one code fence.
+
+    Raises:
+        ValueError: it is none; an object twice named, a number that is none, other text around it.
+    """
+    stripped = text.strip()
+    fenced = _FENCE.match(stripped)
+    try:
+        value = json.loads(
+            fenced[1] if fenced else stripped,
+            object_pairs_hook=_unique,
+            parse_constant=_refuse_constant,
+        )
+    except RecursionError as error:
+        raise ValueError("brackets without end") from error
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value
+
+
+def field_of[T](value: dict[str, Any], name: str, kind: type[T]) -> T:
+    """Return a field of a judge's answer.
+
+    Raises:
+        ValueError: it is missing or of another type.
+    """
+    found = value.get(name)
+    if not isinstance(found, kind) or (kind is not bool and isinstance(found, bool)):
+        raise ValueError(f"{name} is no {kind.__name__}")
+    return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name twice")
+    return found
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number")

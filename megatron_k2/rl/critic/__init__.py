@@ -1,0 +1,1 @@
+"""The policy as its own critic: rubrics, pairwise tournaments, and the loop that trains it."""

@@ -1,0 +1,1 @@
+"""Which tasks are worth training on, and in which order they come."""

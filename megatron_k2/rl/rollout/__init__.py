@@ -1,0 +1,1 @@
+"""Rollouts: episodes of the policy in its environments, scheduled over one engine; see README."""

@@ -1,0 +1,221 @@
+"""The loop of an RL run: roll out, judge, train, sync; the same order on every rank.
+
+Each iteration (arXiv 2507.20534, 3.2.3, 3.3): the weights of this moment are pi_old; every engine
+plays its share of the prompts; verdicts become rewards, rewards advantages; episodes and PTX rows
+make one global batch; one update or more; then the engine is bound to the new weights and compared
+with them. Everything follows from the seed, the step and the checkpoint, so that a run that was
+killed goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from megatron_k2.gym.base import RIGHT
+from megatron_k2.rl.batch_loss import Batch, make_batch
+from megatron_k2.rl.colocated import ColocatedEngine
+from megatron_k2.rl.curation.sampler import TaskSampler
+from megatron_k2.rl.episode import Group
+from megatron_k2.rl.evaluate import Evaluator
+from megatron_k2.rl.outcome import (
+    GroupOutcome,
+    gathered,
+    outcome_of,
+    rewards_by_id,
+    shuffled,
+    summary,
+    trained_samples,
+)
+from megatron_k2.rl.ptx import PtxRows
+from megatron_k2.rl.rollout.episode_log import EpisodeLog
+from megatron_k2.rl.rollout.scheduler import Rollouts
+from megatron_k2.rl.rows import episode_rows
+from megatron_k2.rl.run_file import Run
+from megatron_k2.rl.run_folder import RunFolder
+from megatron_k2.rl.update import Update, Updater
+
+
+@dataclass
+class Parts:
+    """What a trainer works with.
+
+    Attributes:
+        engine: of this rank's model copy.
+        rollouts: on the leader of a copy, else None.
+        sampler: of prompts; the same on every rank.
+        updater: takes optimizer steps.
+        evaluator: asks held-out tasks; None: the run has no evaluation.
+        ptx: rows of curated text; None: no PTX loss.
+        folder: figures and state.
+        episodes: where a leader writes its episodes; None: nowhere.
+        save: writes Megatron's checkpoint of a step.
+        seq_length: places of a row.
+        groups: process groups.
+    """
+
+    engine: ColocatedEngine
+    rollouts: Rollouts | None
+    sampler: TaskSampler
+    updater: Updater
+    evaluator: Evaluator | None
+    ptx: PtxRows | None
+    folder: RunFolder
+    episodes: EpisodeLog | None
+    save: Any
+    seq_length: int
+    groups: Any
+
+
+class Trainer:
+    """A run.
+
+    Args:
+        run: of the run file.
+        parts: what it works with.
+        first: step to begin with; above 0 the state of that checkpoint is loaded.
+    """
+
+    def __init__(self, run: Run, parts: Parts, first: int = 0) -> None:
+        self._run, self._parts, self._first = run, parts, first
+        if first:
+            parts.sampler.load_state_dict(parts.folder.load_state(first, "sampler"))
+            if parts.rollouts is not None:
+                name = f"rollouts_{parts.engine.copy}"
+                parts.rollouts.load_state_dict(parts.folder.load_state(first, name))
+        parts.folder.begin(first)
+        if parts.episodes is not None:
+            parts.episodes.rewind(first)
+
+    def train(self, save_every: int = 0) -> None:
+        """Run all steps that are left.
+
+        Args:
+            save_every: steps between checkpoints, besides the last; 0: only the last.
+
+        Raises:
+            RuntimeError: trainer and engine are further apart than the run file allows.
+
+        Collective: all ranks must call.
+        """
+        self._parts.engine.sync(self._first)
+        for step in range(self._first, self._run.steps):
+            self._evaluate(step)
+            self._iterate(step)
+            if (save_every and (step + 1) % save_every == 0) or step + 1 == self._run.steps:
+                self._save(step + 1)
+        self._evaluate(self._run.steps, last=True)
+
+    def _iterate(self, step: int) -> None:
+        began = time.monotonic()
+        outcomes = self._roll_out(step)
+        rolled_out = time.monotonic()
+        if self._run.shuffle_rewards:
+            outcomes = shuffled(outcomes, self._run.seed, step)
+        batch = self._batch(outcomes, step)
+        updates = self._updates(batch, step)
+        trained = time.monotonic()
+        self._parts.engine.sync(step + 1)
+        times = {
+            "rollout_s": rolled_out - began,
+            "train_s": trained - rolled_out,
+            "sync_s": time.monotonic() - trained,
+        }
+        self._report(step, outcomes, batch, updates, times)
+
+    def _roll_out(self, step: int) -> list[GroupOutcome]:
+        rules, parts = self._run.rollout, self._parts
+        drawn = parts.sampler.draw(rules.groups, step)
+        copy, copies = parts.engine.copy, parts.engine.num_copies
+        own = [task for task, _ in drawn[copy::copies]]
+        temperature = rules.temperature.at(step)
+
+        async def play() -> list[Group]:
+            assert parts.rollouts is not None
+            return await parts.rollouts.collect(own, version=step, temperature=temperature)
+
+        groups: Sequence[Group] = parts.engine.run(play) or []
+        own_outcomes = [
+            outcome_of(group, copy + copies * place, step, self._run.rewards, step)
+            for place, group in enumerate(groups)
+        ]
+        if parts.episodes is not None and groups:
+            parts.episodes.write(step, groups, rewards_by_id(groups, own_outcomes))
+        outcomes = gathered(own_outcomes)
+        for one in outcomes:
+            right = sum(score >= RIGHT for score in one.scores)
+            parts.sampler.report(one.task, right, len(one.scores), one.env)
+        return outcomes
+
+    def _batch(self, outcomes: Sequence[GroupOutcome], step: int) -> Batch:
+        parts = self._parts
+        samples = trained_samples(outcomes)
+        rows = episode_rows(samples, parts.seq_length)
+        ptx = [] if parts.ptx is None else parts.ptx.step(step)
+        size = parts.groups.dp.size()
+        return make_batch(samples, rows, ptx, parts.seq_length, size, self._run.ptx.weight)
+
+    def _updates(self, batch: Batch, step: int) -> list[Update]:
+        rules = self._run.objective
+        if rules.reset_optimizer:
+            self._parts.updater.reset_optimizer()
+        found = []
+        for number in range(rules.updates):
+            found.append(self._parts.updater(batch, number, step))
+            if number == 0 and found[0].gap_nats > rules.max_gap_nats:
+                raise RuntimeError(
+                    f"step {step}: trainer and engine are {found[0].gap_nats:.3g} nats a token "
+                    f"apart, more than max_gap_nats {rules.max_gap_nats:g} of the run file"
+                )
+        return found
+
+    def _save(self, step: int) -> None:
+        parts = self._parts
+        if torch.distributed.get_rank() == 0:
+            parts.folder.save_state(step, "sampler", parts.sampler.state_dict())
+        if parts.rollouts is not None:
+            name = f"rollouts_{parts.engine.copy}"
+            parts.folder.save_state(step, name, parts.rollouts.state_dict())
+        torch.distributed.barrier()
+        parts.save(step)
+
+    def _evaluate(self, step: int, last: bool = False) -> None:
+        evaluator, every = self._parts.evaluator, self._run.evaluation.every
+        if evaluator is None or not every or not (last or step % every == 0):
+            return
+        found = evaluator(self._parts.engine, step)
+        self._parts.folder.write({"step": step, "kind": "evaluation"} | found)
+        _say(f"step {step:5d} | held out | {found['text']}")
+
+    def _report(
+        self,
+        step: int,
+        outcomes: Sequence[GroupOutcome],
+        batch: Batch,
+        updates: Sequence[Update],
+        times: dict[str, float],
+    ) -> None:
+        rolled, last = summary(outcomes), updates[-1]
+        figures = {"step": step, "kind": "train", "temperature": self._temperature(step)}
+        figures |= asdict(rolled) | asdict(last) | times
+        figures |= {"gap_nats": updates[0].gap_nats, "rows": len(batch.rows)}
+        self._parts.folder.write(figures)
+        _say(
+            f"step {step:5d} | score {rolled.score:.3f} | reward {rolled.reward:+.3f} | tokens "
+            f"{rolled.length:.1f} | loss {last.loss:.3g} | ptx {last.ptx_nats:.3f} | kl "
+            f"{last.kl_nats:.2g} | gap {updates[0].gap_nats:.1g} | grad {last.grad_norm:.2g} | "
+            f"rollout {times['rollout_s']:.2f} s | train {times['train_s']:.2f} s | sync "
+            f"{times['sync_s']:.2f} s"
+        )
+
+    def _temperature(self, step: int) -> float:
+        return self._run.rollout.temperature.at(step)
+
+
+def _say(line: str) -> None:
+    if torch.distributed.get_rank() == 0:
+        print(line, flush=True)

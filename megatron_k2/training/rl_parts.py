@@ -1,0 +1,194 @@
+"""The parts of an RL run, put together from Megatron's arguments and the run file."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_k2.chat.kimi import KimiFormat
+from megatron_k2.checkpoint.hf.arguments import config_from_arguments
+from megatron_k2.checkpoint.hf.model import shape_from_config
+from megatron_k2.gym.base import Environment, Task
+from megatron_k2.gym.registry import environment
+from megatron_k2.gym.services import Services
+from megatron_k2.inputs import UsageError
+from megatron_k2.rl.colocated import ColocatedEngine, engine_limits
+from megatron_k2.rl.curation.sampler import TaskSampler, TaskSource
+from megatron_k2.rl.curation.task_file import read_tasks
+from megatron_k2.rl.evaluate import Evaluator
+from megatron_k2.rl.ptx import PtxRows
+from megatron_k2.rl.rollout.buffer import Buffer, FileBuffer
+from megatron_k2.rl.rollout.episode_log import EpisodeLog
+from megatron_k2.rl.rollout.scheduler import Rollouts
+from megatron_k2.rl.rollout.settings import RolloutSettings
+from megatron_k2.rl.run_file import Run, Source
+from megatron_k2.rl.run_folder import RunFolder
+from megatron_k2.rl.trainer import Parts, Trainer
+from megatron_k2.rl.update import Updater
+
+
+def make_trainer(
+    args: Any,
+    run: Run,
+    chunks: list[Any],
+    optimizer: Any,
+    scheduler: Any,
+    groups: Any,
+    save: Callable[[int], None],
+) -> Trainer:
+    """Return the trainer of a run.
+
+    Args:
+        args: Megatron's.
+        run: of the run file.
+        chunks, optimizer, scheduler: of ``setup_model_and_optimizer``.
+        groups: process groups.
+        save: writes Megatron's checkpoint of a step.
+
+    Raises:
+        UsageError: an environment, its services, the tokenizer or the data cannot be had.
+
+    Collective: all ranks must call.
+    """
+    first = int(args.iteration)
+    chat_format = _chat_format(args)
+    vocab_size = chat_format.tokenizer.vocab_size
+    engine = ColocatedEngine(
+        chunks,
+        shape_from_config(config_from_arguments(vars(args), vocab_size)),
+        engine_limits(args.seq_length, run.rollout.max_running, run.rollout.cache_tokens),
+        vocab_size,
+        groups,
+        version=first,
+        record_routes=run.objective.replay_routing,
+        threads=run.rollout.threads,
+    )
+    folder = Path(args.save) if args.save else None
+    rollouts = asking = episodes = None
+    services = make_services(run, args) if engine.is_leader else Services()
+    if engine.is_leader:
+        settings = rollout_settings(run, engine.copy, engine.num_copies)
+        place = None if folder is None else folder / "rl" / f"rollouts_{engine.copy}"
+        if place is not None:
+            place.mkdir(parents=True, exist_ok=True)
+        buffer = Buffer() if place is None else FileBuffer(place, chat_format, settings)
+        episodes = None if place is None else EpisodeLog(place, run.episodes_shown)
+        rollouts = Rollouts(engine.engine, chat_format, services, settings, buffer)
+        alone = replace(settings, group_size=1)
+        asking = Rollouts(engine.engine, chat_format, services, alone)
+    parts = Parts(
+        engine,
+        rollouts,
+        TaskSampler([source_of(one, run) for one in run.environments], run.seed),
+        Updater(args, chunks, optimizer, scheduler, groups, run.objective),
+        Evaluator(asking, held_out(run)) if run.evaluation.every else None,
+        PtxRows(run.ptx.data, run.ptx.rows, args.seq_length, run.seed) if run.ptx.data else None,
+        RunFolder(folder, torch.distributed.get_rank() == 0),
+        episodes,
+        save,
+        args.seq_length,
+        groups,
+    )
+    return Trainer(run, parts, first)
+
+
+def rollout_settings(run: Run, copy: int, num_copies: int) -> RolloutSettings:
+    """Return the settings of one engine's rollouts."""
+    rules = run.rollout
+    return RolloutSettings(
+        seed=run.seed,
+        group_size=rules.samples,
+        slots=rules.max_running,
+        top_p=rules.top_p,
+        max_budget=rules.budget,
+        max_lag=rules.max_lag,
+        copy=copy,
+        num_copies=num_copies,
+    )
+
+
+def source_of(source: Source, run: Run) -> TaskSource:
+    """Return the training tasks of a source.
+
+    Raises:
+        UsageError: there are none.
+    """
+    return TaskSource(source.name, _tasks(source, "train", source.num_tasks, run), source.weight)
+
+
+def held_out(run: Run) -> list[Task]:
+    """Return the held-out tasks of every source, of which none is trained."""
+    return [
+        task
+        for source in run.environments
+        for task in _tasks(replace(source, tasks=""), "test", run.evaluation.tasks, run)
+    ]
+
+
+def _tasks(source: Source, split: str, num_tasks: int, run: Run) -> Sequence[Task]:
+    place = f"--k2-rl-run: [[environments]] {source.name!r}"
+    try:
+        if source.tasks:
+            found: Sequence[Task] = read_tasks(Path(source.tasks), f"{place} tasks")
+            found = found[:num_tasks] if num_tasks else found
+        else:
+            load = environment(source.name).load
+            found = load(split, num_tasks or None, run.seed, **source.options)
+    except (TypeError, ValueError, ImportError) as error:
+        raise UsageError(f"{place}: {error}") from error
+    if not found:
+        raise UsageError(f"{place}: no tasks in its split {split!r}")
+    if not source.system:
+        return found
+    system = {"role": "system", "content": source.system}
+    return [replace(task, messages=(system, *task.messages)) for task in found]
+
+
+def make_services(run: Run, args: Any) -> Services:
+    """Return what the run's environments need, and nothing that none needs.
+
+    Raises:
+        UsageError: it is not there.
+    """
+    from megatron_k2.gym.judging import connect
+    from megatron_k2.gym.verifiers import VerifierPool
+
+    families = [environment(source.name) for source in run.environments]
+    needs = {need for family in families for need in family.needs}
+    sandbox = None
+    if "sandbox" in needs:
+        from megatron_k2.gym.sandbox.find import find_sandbox
+
+        sandbox = asyncio.run(find_sandbox())
+    judge = None
+    if args.k2_rl_judge_url:
+        key_env = "K2_JUDGE_KEY" if "K2_JUDGE_KEY" in os.environ else ""
+        judge = connect(args.k2_rl_judge_url, args.k2_rl_judge_model, key_env)
+    services = Services(VerifierPool() if "verifiers" in needs else None, sandbox, judge)
+    _require(families, services)
+    return services
+
+
+def _require(families: Sequence[type[Environment]], services: Services) -> None:
+    for family in families:
+        try:
+            family(services)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+
+
+def _chat_format(args: Any) -> KimiFormat:
+    """Return the format of ``--tokenizer-model``, whose dialogues keep all reasoning."""
+    if not args.tokenizer_model:
+        raise UsageError("--tokenizer-model: RL needs the folder of a Kimi tokenizer")
+    try:
+        found = KimiFormat.load(args.tokenizer_model)
+    except ValueError as error:
+        raise UsageError(f"--tokenizer-model: {error}") from error
+    return replace(found, keep="all")

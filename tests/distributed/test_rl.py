@@ -1,0 +1,133 @@
+"""RL through the whole runner: every layout and packing gives the same loss and gradient; a run
+that was killed goes on as if it had not been; engine and trainer agree on every token."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.rl_environment import NAME
+from tests.distributed.trainings import RUNNER, Training, zygote
+from tests.unit.chat.kimi_files import write_tokenizer
+
+RUN = f"""
+[run]
+steps = 3
+seed = 11
+[[environments]]
+name = "{NAME}"
+num_tasks = 12
+system = "s"
+[rollout]
+groups = 4
+samples = 3
+budget = 12
+max_running = 8
+[evaluation]
+every = 0
+"""
+SAME = 2e-5  # relative, of a gradient's norm in fp32 after another order of sums
+FIGURES = ("loss", "objective", "grad_norm", "reward", "length", "kl_nats", "entropy_nats")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tokenizer, and a checkpoint that every layout starts from."""
+    folder = tmp_path_factory.mktemp("rl")
+    training = zygote().train(
+        *("--train-iters=1", f"--save={folder / 'base'}", "--save-interval=1"),
+        *("--vocab-size=692", "--tokenizer-type=NullTokenizer"),
+        world_size=1,
+    )
+    assert training.wait() == [0], training.output()
+    (folder / "run.toml").write_text(RUN)
+    return {
+        "tokenizer": write_tokenizer(tmp_path_factory.mktemp("kimi")),
+        "base": folder / "base",
+        "run": folder / "run.toml",
+    }
+
+
+def start(files: dict[str, Path], save: Path, *more: str, world_size: int = 1) -> Training:
+    """Start a run, or go on with it."""
+    return zygote().train(
+        *(f"--k2-rl-run={files['run']}", f"--tokenizer-model={files['tokenizer']}"),
+        *("--tokenizer-type=KimiTiktokenTokenizer", "--vocab-size=692", "--seq-length=256"),
+        *(f"--pretrained-checkpoint={files['base']}", f"--save={save}", f"--load={save}"),
+        *("--optimizer=muonclip", "--k2-max-attention-logit", "--save-interval=1", *more),
+        world_size=world_size,
+        environment={RUNNER: "megatron_k2.training.rl"},
+    )
+
+
+def figures(save: Path) -> list[dict[str, Any]]:
+    """What the run wrote, a step each."""
+    lines = (save / "rl" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def ended(training: Training, save: Path) -> list[dict[str, Any]]:
+    """The figures of a run that came to its end."""
+    assert set(training.wait()) == {0}, training.output()
+    found = figures(save)
+    assert [one["step"] for one in found] == [0, 1, 2]
+    return found
+
+
+@pytest.fixture(scope="module")
+def plain(files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """One process, many episodes a row."""
+    save = tmp_path_factory.mktemp("plain")
+    found = ended(start(files, save), save)
+    assert found[0]["rows"] < 12 / 2
+    return found
+
+
+def test_rollout_and_training_agree_on_every_token(plain: list[dict[str, Any]]) -> None:
+    for one in plain:
+        assert one["gap_nats"] <= 1e-5
+        assert one["num_unjudged"] == 0 and one["grad_norm"] > 1e-3
+
+
+LAYOUTS = {
+    "a row each": (1, ["--seq-length=64"]),
+    "TP2": (2, ["--tensor-model-parallel-size=2", "--sequence-parallel"]),
+    "EP2": (2, ["--expert-model-parallel-size=2"]),
+    "DP2, two engines": (2, []),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_rolls_out_and_trains_alike(
+    files: dict[str, Path], plain: list[dict[str, Any]], tmp_path: Path, layout: str
+) -> None:
+    world_size, flags = LAYOUTS[layout]
+    found = ended(start(files, tmp_path, *flags, world_size=world_size), tmp_path)
+    for one, wanted in zip(found, plain, strict=True):
+        assert one["gap_nats"] <= 1e-5
+        for name in FIGURES:
+            assert one[name] == pytest.approx(wanted[name], rel=SAME, abs=1e-7), (layout, name)
+
+
+def comparable(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Figures without times."""
+    return [{k: v for k, v in one.items() if not k.endswith("_s")} for one in found]
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(
+    files: dict[str, Path], plain: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    dice = random.Random(3)
+    for _ in range(2):
+        training = start(files, tmp_path)
+        training.wait_for("step     ", count=1)
+        time.sleep(dice.uniform(0, 0.5))
+        training.kill()
+        training.wait()
+    found = ended(start(files, tmp_path), tmp_path)
+    assert comparable(found) == comparable(plain)
