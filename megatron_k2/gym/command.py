@@ -10,11 +10,12 @@ import sys
 import time
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from megatron_k2.gym.base import Environment, Task
+from megatron_k2.gym.base import Environment, SingleTurn, Task
 from megatron_k2.gym.judging import connect
 from megatron_k2.gym.registry import environment, known
 from megatron_k2.gym.sandbox.base import SandboxError
@@ -31,6 +32,8 @@ examples:
   gym.py list
   gym.py show reasoning --num 2 --options '{"datasets": ["sudoku"]}'
   gym.py show mathematics --num 3 --options '{"file": "gsm8k.jsonl"}'
+  # dialogues of gold answers, to fine-tune on before RL: tools/preprocess_sft.py reads them
+  gym.py gold reasoning --num 2000 --options '{"datasets": ["spell_backward"]}' --output d.jsonl
   # gold answers must score 1, empty and random ones about 0; exit status 1 if one does not
   gym.py validate mathematics reasoning
   gym.py validate --all --num 50 --split test --workers 4
@@ -56,15 +59,20 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the tool."""
     made = argparse.ArgumentParser(
         "gym.py",
-        description="Lists, shows and validates environments.",
+        description="Lists, shows and validates environments, and writes their gold answers.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = made.add_subparsers(required=True, metavar="list | show | validate")
+    commands = made.add_subparsers(required=True, metavar="list | show | gold | validate")
     commands.add_parser("list", help="environments that are installed").set_defaults(run=_list)
     show = commands.add_parser("show", help="tasks with their gold answers")
     show.add_argument("environment", help="a name of `list`")
     show.set_defaults(run=_show)
+    gold = commands.add_parser("gold", help="tasks and gold answers as dialogues, a line each")
+    gold.add_argument("environment", help="a name of `list`; tasks of one turn")
+    gold.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl")
+    gold.add_argument("--system", default="", metavar="TEXT", help="system message before each")
+    gold.set_defaults(run=_gold)
     check = commands.add_parser("validate", help="do gold answers score 1 and others 0?")
     check.add_argument("environments", nargs="*", help="names of `list`")
     check.add_argument("--all", action="store_true", help="every environment")
@@ -76,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--sandbox-url", help="of --sandbox http")
     check.add_argument("--quiet", action="store_true", help="no progress bar")
     check.set_defaults(run=_validate)
-    for one, number in ((show, 3), (check, None)):
+    for one, number in ((show, 3), (gold, None), (check, None)):
         said = f"tasks ({number or 'all of a file, or what the environment generates'})"
         one.add_argument("--num", type=positive_int, default=number, help=said)
         one.add_argument("--split", choices=SPLITS, default="train")
@@ -111,6 +119,22 @@ def _show(args: argparse.Namespace) -> None:
         for answer in env.gold(task):
             calls = answer.message.get("tool_calls")
             print(f"[gold] {answer.text}" + (f" {json.dumps(calls)}" if calls else ""))
+
+
+def _gold(args: argparse.Namespace) -> None:
+    kind = environment(args.environment)
+    if not issubclass(kind, SingleTurn):
+        raise ValueError(f"{kind.name}: its tasks have several turns; gold is of single answers")
+    env = kind(Services(**{need: object() for need in kind.needs}))  # type: ignore[arg-type]
+    system = [{"role": "system", "content": args.system}] if args.system else []
+    tasks = _load(kind, args)
+    with args.output.open("w", encoding="utf-8") as file:
+        for task in tasks:
+            (answer,) = env.gold(task)
+            said = answer.message or {"role": "assistant", "content": answer.text}
+            row = {"messages": [*system, *task.messages, said], "tools": list(task.tools)}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    print(f"{len(tasks):,} dialogues: {args.output}")
 
 
 def _validate(args: argparse.Namespace) -> list[str]:

@@ -45,7 +45,11 @@ class Sample:
 
 
 def sample_from(row: TrainingRow, version: int, advantage: float, weight: float) -> Sample:
-    """Return the sample of a ledger's row."""
+    """Return the sample of a ledger's row.
+
+    Experts are replayed for tokens of the current weights alone: when an engine goes on with new
+    weights it reads the older tokens anew, and routes them as those weights say.
+    """
     learned = np.asarray(row.loss_mask, dtype=bool)
     versions = np.asarray(row.versions)
     routes = None
@@ -53,7 +57,7 @@ def sample_from(row: TrainingRow, version: int, advantage: float, weight: float)
         first = next(one for one in row.routed_experts if one)
         routes = np.full((len(row.ids), len(first), len(first[0])), LIVE, dtype=np.int16)
         for at, chosen in enumerate(row.routed_experts):
-            if chosen:
+            if chosen and row.versions[at] == version:
                 routes[at] = chosen
     return Sample(
         np.asarray(row.ids, dtype=np.int64),

@@ -10,7 +10,7 @@ killed goes on as if it had not been.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -38,6 +38,8 @@ from megatron_k2.rl.rows import episode_rows
 from megatron_k2.rl.run_file import Run
 from megatron_k2.rl.run_folder import RunFolder
 from megatron_k2.rl.update import Update, Updater
+
+Play = Callable[[], Coroutine[Any, Any, list[Group]]]
 
 
 @dataclass
@@ -83,13 +85,17 @@ class Trainer:
     def __init__(self, run: Run, parts: Parts, first: int = 0) -> None:
         self._run, self._parts, self._first = run, parts, first
         if first:
-            parts.sampler.load_state_dict(parts.folder.load_state(first, "sampler"))
+            parts.sampler.load_state_dict(parts.folder.load_state(first, self._sampler_state))
             if parts.rollouts is not None:
                 name = f"rollouts_{parts.engine.copy}"
                 parts.rollouts.load_state_dict(parts.folder.load_state(first, name))
         parts.folder.begin(first)
         if parts.episodes is not None:
             parts.episodes.rewind(first)
+
+    @property
+    def _sampler_state(self) -> str:
+        return f"sampler_{self._parts.engine.copy}" if self._run.rollout.max_lag else "sampler"
 
     def train(self, save_every: int = 0) -> None:
         """Run all steps that are left.
@@ -129,16 +135,10 @@ class Trainer:
 
     def _roll_out(self, step: int) -> list[GroupOutcome]:
         rules, parts = self._run.rollout, self._parts
-        drawn = parts.sampler.draw(rules.groups, step)
         copy, copies = parts.engine.copy, parts.engine.num_copies
-        own = [task for task, _ in drawn[copy::copies]]
         temperature = rules.temperature.at(step)
-
-        async def play() -> list[Group]:
-            assert parts.rollouts is not None
-            return await parts.rollouts.collect(own, version=step, temperature=temperature)
-
-        groups: Sequence[Group] = parts.engine.run(play) or []
+        play = self._play_ahead if rules.max_lag else self._play_together
+        groups: Sequence[Group] = parts.engine.run(play(step, temperature)) or []
         own_outcomes = [
             outcome_of(group, copy + copies * place, step, self._run.rewards, step)
             for place, group in enumerate(groups)
@@ -146,10 +146,39 @@ class Trainer:
         if parts.episodes is not None and groups:
             parts.episodes.write(step, groups, rewards_by_id(groups, own_outcomes))
         outcomes = gathered(own_outcomes)
-        for one in outcomes:
+        for one in own_outcomes if rules.max_lag else outcomes:
             right = sum(score >= RIGHT for score in one.scores)
             parts.sampler.report(one.task, right, len(one.scores), one.env)
         return outcomes
+
+    def _play_together(self, step: int, temperature: float) -> Play:
+        """All tokens of the batch come from this step's weights; engines share one sampler."""
+        parts = self._parts
+        drawn = parts.sampler.draw(self._run.rollout.groups, step)
+        own = [task for task, _ in drawn[parts.engine.copy :: parts.engine.num_copies]]
+
+        async def play() -> list[Group]:
+            assert parts.rollouts is not None
+            return await parts.rollouts.collect(own, version=step, temperature=temperature)
+
+        return play
+
+    def _play_ahead(self, step: int, temperature: float) -> Play:
+        """Partial rollout: what is not complete goes on with the next weights; each engine has a
+        sampler of its own, because each draws as its slots come free."""
+        parts, rules = self._parts, self._run.rollout
+
+        async def play() -> list[Group]:
+            assert parts.rollouts is not None
+            return await parts.rollouts.collect_partial(
+                lambda: parts.sampler.draw(1, step)[0][0],
+                rules.groups // parts.engine.num_copies,
+                version=step,
+                temperature=temperature,
+                segment_tokens=rules.segment_tokens,
+            )
+
+        return play
 
     def _batch(self, outcomes: Sequence[GroupOutcome], step: int) -> Batch:
         parts = self._parts
@@ -175,8 +204,8 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         parts = self._parts
-        if torch.distributed.get_rank() == 0:
-            parts.folder.save_state(step, "sampler", parts.sampler.state_dict())
+        if torch.distributed.get_rank() == 0 or self._run.rollout.max_lag:
+            parts.folder.save_state(step, self._sampler_state, parts.sampler.state_dict())
         if parts.rollouts is not None:
             name = f"rollouts_{parts.engine.copy}"
             parts.folder.save_state(step, name, parts.rollouts.state_dict())

@@ -82,10 +82,16 @@ def make_trainer(
         rollouts = Rollouts(engine.engine, chat_format, services, settings, buffer)
         alone = replace(settings, group_size=1)
         asking = Rollouts(engine.engine, chat_format, services, alone)
+    if run.rollout.max_lag and run.rollout.groups % engine.num_copies:
+        raise UsageError(
+            f"--k2-rl-run: [rollout] groups {run.rollout.groups} must be a multiple of the "
+            f"{engine.num_copies} engines, with max_lag"
+        )
+    sources = [source_of(one, run) for one in run.environments]
     parts = Parts(
         engine,
         rollouts,
-        TaskSampler([source_of(one, run) for one in run.environments], run.seed),
+        TaskSampler(sources, run.seed + (engine.copy if run.rollout.max_lag else 0)),
         Updater(args, chunks, optimizer, scheduler, groups, run.objective),
         Evaluator(asking, held_out(run)) if run.evaluation.every else None,
         PtxRows(run.ptx.data, run.ptx.rows, args.seq_length, run.seed) if run.ptx.data else None,

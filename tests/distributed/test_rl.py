@@ -131,3 +131,21 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
         training.wait()
     found = ended(start(files, tmp_path), tmp_path)
     assert comparable(found) == comparable(plain)
+
+
+def test_partial_rollout_trains_tokens_of_several_versions_and_can_be_killed(
+    files: dict[str, Path], tmp_path: Path
+) -> None:
+    lagging = RUN.replace("[rollout]", "[rollout]\nmax_lag = 2\nsegment_tokens = 7")
+    run = tmp_path / "lag.toml"
+    run.write_text(lagging)
+    given = {**files, "run": run}
+    wanted = ended(start(given, tmp_path / "whole"), tmp_path / "whole")
+    assert max(one["kl_nats"] for one in wanted) > 0  # tokens of older weights are trained
+    assert all(one["gap_nats"] <= 1e-5 for one in wanted)
+    training = start(given, tmp_path / "killed")
+    training.wait_for("step     1")
+    training.kill()
+    training.wait()
+    found = ended(start(given, tmp_path / "killed"), tmp_path / "killed")
+    assert [one["num_groups"] for one in found] == [4, 4, 4]

@@ -229,7 +229,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, default=3)
     add("--steps", type=int, default=75, help="of RL")
     add("--sft-items", type=int, default=2000)
-    add("--sft-steps", type=int, default=200)
+    add("--sft-steps", type=int, default=110)
     add("--lr", default="5e-4", help="of RL, MuonClip")
     add("--adam-lr", default="1e-4", help="of RL, AdamW: 0.2 of MuonClip's is the same RMS")
     add("--workers", type=int, default=2, help="runs at once, a thread each")

@@ -149,7 +149,7 @@ class LocalSandbox:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                env={"PATH": "/usr/bin:/bin"},
+                env={"PATH": "/usr/bin:/bin", "HOME": "/"},  # sandlock asks for one
                 cwd="/",
                 pass_fds=(there.fileno(),),
                 start_new_session=True,

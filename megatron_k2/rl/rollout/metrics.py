@@ -18,6 +18,7 @@ class Metrics:
         slot_wait_s, env_s: episode-seconds that waited for a slot, and that environments took.
         endings, statuses: of the delivered episodes.
         retries, full_waits: requests that were made again; waits for a full engine.
+        env_retries: environments that were made again.
         restarts, dropped: episodes begun again, groups given up, by reason.
         paused: episodes that go on in the next iteration.
         extra_segments: iterations that were opened again because every episode rested.
@@ -37,6 +38,7 @@ class Metrics:
     statuses: Counter[str] = field(default_factory=Counter)
     retries: int = 0
     full_waits: int = 0
+    env_retries: int = 0
     restarts: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
     paused: int = 0

@@ -82,13 +82,19 @@ class Play:
         Raises:
             StaleTokens, SyncRefused: see ``requests.ask``.
         """
-        try:
-            ending, verdict = await self._play()
-        except Unjudged as error:
-            ending, verdict = "failed", error.verdict
-        finally:
-            if self._stage is not None:
-                await self._stage.close()
+        for attempt in range(1, self._settings.env_tries + 1):
+            is_final = attempt == self._settings.env_tries
+            try:
+                ending, verdict = await self._play()
+            except Unjudged as error:
+                ending, verdict = "failed", error.verdict
+                is_final = is_final or error.is_final
+            finally:
+                if self._stage is not None:
+                    await self._stage.close()
+            if is_final or verdict.status != "error":
+                break
+            self._meter.now.env_retries += 1
         if verdict.score is None:
             ending = "failed"
         self.episode.ending, self.episode.verdict = ending, verdict
@@ -120,12 +126,9 @@ class Play:
         """Return how an episode ends in which nothing more can be said."""
         assert cut is not None
         if self._turns == 1:  # no fault of the policy
-            raise Unjudged(
-                unjudged(
-                    f"the prompt has {len(self._ledger.ids)} tokens, the engine's context "
-                    f"{self._engine.max_context}"
-                )
-            )
+            context = self._engine.max_context
+            said = f"the prompt has {len(self._ledger.ids)} tokens, the engine's context {context}"
+            raise Unjudged(unjudged(said), is_final=True)
         return cut, judged(0.0, WHY[cut])
 
     @property
@@ -144,7 +147,7 @@ class Play:
                 ledger, step = await replay(recorded, await self._reset(), self._staged())
                 self.episode.ledger = ledger
                 return step
-            except (Elsewhere, Unjudged):
+            except Elsewhere:
                 await self._staged().close()
                 self.restarts += 1
                 self._meter.now.restarts["replay"] += 1
@@ -259,7 +262,8 @@ class Play:
         try:
             self._ledger.extend(found.ids, found.log_probs, found.versions, found.routed_experts)
         except ValueError as error:
-            raise Unjudged(unjudged(f"the engine's tokens cannot be kept: {error}")) from error
+            said = f"the engine's tokens cannot be kept: {error}"
+            raise Unjudged(unjudged(said), is_final=True) from error
         self._said += len(found.ids)
         self._said_now += len(found.ids)
         self._meter.now.tokens += len(found.ids)

@@ -63,7 +63,8 @@ async def ask(
                 raise _given_up(request, error, "patience") from error
             meter.now.full_waits += 1
         except ValueError as error:
-            raise Unjudged(unjudged(f"the engine refused the request: {error}")) from error
+            said = f"the engine refused the request: {error}"
+            raise Unjudged(unjudged(said), is_final=True) from error
         except Exception as error:
             failed += 1
             if failed == settings.max_tries:
@@ -106,4 +107,4 @@ async def _read(
 
 def _given_up(request: Request, error: Exception, after: str) -> Unjudged:
     said = f"{type(error).__name__}: {error}"
-    return Unjudged(unjudged(f"the engine failed ({said}), given up after {after}"))
+    return Unjudged(unjudged(f"the engine failed ({said}), given up after {after}"), is_final=True)

@@ -27,6 +27,8 @@ class RolloutSettings:
         max_turns: answers of an episode.
         env_timeout_s: of one ``reset``, ``step`` or ``close``; what takes longer is a verdict of
             ``timeout``. Counted while the event loop runs.
+        env_tries: an environment that fails is made anew and given the recorded answers again; a
+            checker that was killed costs no episode. What hangs is not tried again.
         max_tries: of a request that the engine fails.
         first_wait_s, longest_wait_s: between tries: exponential, with full jitter.
         full_patience_s: so long a full engine is waited for.
@@ -48,6 +50,7 @@ class RolloutSettings:
     max_budget: int = 0
     max_turns: int = 64
     env_timeout_s: float = 120.0
+    env_tries: int = 2
     max_tries: int = 5
     first_wait_s: float = 0.2
     longest_wait_s: float = 10.0
@@ -66,7 +69,7 @@ class RolloutSettings:
         Raises:
             ValueError: a value is out of its range.
         """
-        for name in ("group_size", "slots", "max_turns", "max_tries", "num_copies"):
+        for name in ("group_size", "slots", "max_turns", "env_tries", "max_tries", "num_copies"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be 1 or more")
         for name in ("max_episodes", "max_budget", "max_lag", "max_restarts", "full_patience_s"):

@@ -23,11 +23,11 @@ NUM_SLICES = 10  # at least
 
 
 class Unjudged(Exception):
-    """The episode is over without a score."""
+    """The episode is over without a score; ``is_final``: asking once more would not help."""
 
-    def __init__(self, verdict: Verdict) -> None:
+    def __init__(self, verdict: Verdict, is_final: bool = False) -> None:
         super().__init__(verdict.detail)
-        self.verdict = verdict
+        self.verdict, self.is_final = verdict, is_final
 
 
 class Stage:

@@ -69,12 +69,12 @@ def test_the_set_is_whole_and_split_without_overlap() -> None:
 
 
 def test_gold_scores_one_and_another_tasks_gold_zero() -> None:
-    tasks = built_in()[:4]
+    tasks = [next(t for t in built_in() if t.metadata["form"] == f) for f in ("calls", "streams")]
     texts = [gold(task) for task in tasks]
     right = judge(list(zip(tasks, texts, strict=True)))
-    assert [verdict.score for verdict in right] == [1.0] * 4, right
+    assert [verdict.score for verdict in right] == [1.0] * 2, right
     wrong = judge(list(zip(tasks, texts[1:] + texts[:1], strict=True)))
-    assert [verdict.status for verdict in wrong] == ["wrong"] * 4, wrong
+    assert [verdict.status for verdict in wrong] == ["wrong"] * 2, wrong
     assert all("sandlock" in one.backend or "bubblewrap" in one.backend for one in right)
 
 
@@ -108,24 +108,30 @@ FORGERIES = {
 }
 
 
-def test_no_forgery_passes(tmp_path: Path) -> None:
+QUICK = ("exits early", "writes to every descriptor", "kills the judge", "patches Python")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [QUICK, pytest.param(tuple(set(FORGERIES) - set(QUICK)), marks=pytest.mark.evidence)],
+    ids=["quick", "others"],
+)
+def test_no_forgery_passes(names: tuple[str, ...], tmp_path: Path) -> None:
     task = of_file(tmp_path, EVAL | {"timeout_s": 1.0})
-    texts = [f"```python\n{code}\n```" for code in FORGERIES.values()]
+    texts = [f"```python\n{FORGERIES[name]}\n```" for name in names]
     texts.append(f"```python\n{EVAL['canonical_solution']}\n```")
     *forged, right = judge([(task, text) for text in texts])
-    outcomes = dict(zip(FORGERIES, forged, strict=True))
-    assert {name: verdict.status for name, verdict in outcomes.items()} == dict.fromkeys(
-        FORGERIES, "wrong"
-    ), outcomes
+    outcomes = {name: one.status for name, one in zip(names, forged, strict=True)}
+    assert outcomes == dict.fromkeys(names, "wrong"), forged
     assert right.status == "ok", right
 
 
 def test_streams_are_compared_outside_the_sandbox(tmp_path: Path) -> None:
     task = of_file(tmp_path, CONTEST | {"timeout_s": 1.0})
     texts = [CONTEST["solution"], "print(3)", "print(open('driver.py').read().count('expected'))"]
-    texts += ["import sys\nsys.exit(1)", "while True: print(3)", "input()\nraise SystemExit(3)"]
+    texts += ["while True: print(3)", "print(3)\nraise SystemExit(3)"]
     verdicts = judge([(task, text) for text in texts])
-    assert [one.score for one in verdicts] == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0], verdicts
+    assert [one.score for one in verdicts] == [1.0, 0.0, 0.0, 0.0, 0.0], verdicts
     assert verdicts[1].components == {"passed": 0.5}
 
 
@@ -142,7 +148,8 @@ def test_no_expected_output_enters_the_sandbox() -> None:
     tasks = built_in()
     for verdict in judge([(task, "pass") for task in tasks], Spy()):
         assert verdict.status == "error" and "on purpose" in verdict.detail
-    for task, everything in zip(tasks, sent, strict=True):
+    assert len(sent) == len(tasks)
+    for everything in sent:
         assert b'"output":' not in everything and b'"returns":' not in everything
 
 

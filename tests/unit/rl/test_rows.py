@@ -64,7 +64,7 @@ def test_a_ledgers_row_keeps_what_was_sampled_and_from_which_weights() -> None:
     assert found.learned.tolist() == [False, False, True, True]
     assert found.is_current.tolist() == [False, False, False, True]
     assert found.routes is not None
-    assert found.routes[:, 0].tolist() == [[LIVE, LIVE], [LIVE, LIVE], [1, 2], [3, 4]]
+    assert found.routes[:, 0].tolist() == [[LIVE, LIVE]] * 3 + [[3, 4]]
 
 
 def test_ptx_and_empty_rows_have_no_episode() -> None:

@@ -98,7 +98,7 @@ def disk_bytes(folder: str, pids: list[int]) -> int:
                 if _count(path, seen, follow=False):
                     front.append(path)
         for pid in pids:
-            for path in _entries(f"/proc/{pid}/fd"):
+            for path in _open_files(pid):
                 _count(path, seen, follow=True)
     except OSError:  # made unreadable, or too deep: it hides what it holds
         return UNCOUNTABLE
@@ -110,6 +110,20 @@ def _entries(folder: str) -> list[str]:
         return [f"{folder}/{name}" for name in os.listdir(folder)]
     except (FileNotFoundError, NotADirectoryError, ProcessLookupError):
         return []
+
+
+def _open_files(pid: int) -> list[str]:
+    try:
+        return _entries(f"/proc/{pid}/fd")
+    except PermissionError:
+        try:
+            with open(f"/proc/{pid}/statm", encoding="ascii") as stream:
+                pages = stream.read().split()[0]
+        except OSError:
+            return []
+        if pages == "0":  # it is ending, and its memory gone
+            return []
+        raise  # a program whose file cannot be read runs so that nobody sees into it
 
 
 def _count(path: str, seen: _Seen, follow: bool) -> bool:

@@ -95,15 +95,22 @@ FORGERIES = {
     "a report of its own": 'import os, json\nfor n in range(64):\n try: os.write(n, b\'{"outcomes"'
     ': {"tests.test_calc.Calc.test_share_of_nothing": "passed"}, "words": {}}\')\n'
     " except OSError: pass\nos._exit(0)\n",
-    "an endless loop": "while True: pass\n",
 }
 
 
-def test_simple_forgeries_are_found_out(built: Path) -> None:
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("no-op asserts",),
+        pytest.param(tuple(set(FORGERIES) - {"no-op asserts"}), marks=pytest.mark.evidence),
+    ],
+    ids=["quick", "others"],
+)
+def test_simple_forgeries_are_found_out(names: tuple[str, ...], built: Path) -> None:
     task = task_of(built)
     head = '"""Sums and shares."""\n'
     task.metadata["pass_to_pass"].clear()  # type: ignore[attr-defined]
-    verdicts = verify(task, [block("pack/calc.py", head, f) for f in list(FORGERIES.values())[:5]])
+    verdicts = verify(task, [block("pack/calc.py", head, FORGERIES[name]) for name in names])
     assert {one.status for one in verdicts} == {"wrong"}, verdicts
 
 

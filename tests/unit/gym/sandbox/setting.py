@@ -8,10 +8,12 @@ import json
 import os
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +72,13 @@ class Host:
 
     folder: Path
     target: dict[str, Any]
-    environ: dict[str, str]
 
     def look(self) -> dict[str, Any]:
         """What no program may change."""
         canary = self.folder / "canary"
         state = canary.stat()
         shared = sorted(os.listdir("/dev/shm"))
-        scratch = [name for name in os.listdir("/tmp") if name.startswith(("k2-sandbox", "k2-att"))]
+        scratch = [*os.listdir(self.folder / "scratch"), *glob("/tmp/k2-attack*")]
         return {
             "canary": (canary.read_text(), state.st_mode, state.st_uid, state.st_mtime_ns),
             "files": sorted(path.name for path in self.folder.iterdir()),
@@ -94,7 +95,17 @@ class Host:
 
 @contextlib.contextmanager
 def host(folder: Path) -> Iterator[Host]:
-    """A secret, a canary, listeners and a variable."""
+    """A secret, a canary, listeners and a variable; a folder for temporary files of its own."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv(VARIABLE, "a secret of the host")
+        with _host(folder, monkeypatch) as made:
+            yield made
+
+
+@contextlib.contextmanager
+def _host(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+    (folder / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder / "scratch"))
     (folder / "secret").write_text("a secret of the host")
     (folder / "canary").write_text("alive")
     abstract = f"k2-test-{os.getpid()}"
@@ -121,11 +132,7 @@ def host(folder: Path) -> Iterator[Host]:
             "pid": os.getpid(),
             "variable": VARIABLE,
         }
-        os.environ[VARIABLE] = "a secret of the host"
-        try:
-            yield Host(folder, target, {})
-        finally:
-            del os.environ[VARIABLE]
+        yield Host(folder, target)
 
 
 def attempts(host: Host, names: list[str]) -> Command:

@@ -111,6 +111,7 @@ class Words(SingleTurn):
 
     name = "words"
     budget = 64
+    killed: ClassVar[list[int]] = []  # so many verdicts fail
 
     @classmethod
     def load(cls, split: str, num_tasks: int | None = None, seed: int = 0) -> list[Task]:
@@ -122,6 +123,9 @@ class Words(SingleTurn):
     async def verify(self, task: Task, answer: Answer) -> Verdict:
         if task.metadata.get("raises"):
             raise OSError("the checker broke")
+        if self.killed:
+            self.killed.pop()
+            raise RuntimeError("the checker's process died")
         if task.metadata.get("hangs"):
             try:
                 await asyncio.sleep(3600)

@@ -19,7 +19,7 @@ from megatron_k2.rl.rollout.requests import StaleTokens
 from megatron_k2.rl.rollout.scheduler import Rollouts, RolloutsFailed
 from megatron_k2.rl.rollout.stage import Stage
 from megatron_k2.rl.sync.fingerprint import SyncRefused
-from tests.unit.rl.rollout.scripted import SeededEngine, Talk, rollouts_of, run, task_of
+from tests.unit.rl.rollout.scripted import SeededEngine, Talk, Words, rollouts_of, run, task_of
 
 
 def play(engine: SeededEngine, task: Any, **changes: Any) -> tuple[Episode, Rollouts]:
@@ -37,6 +37,11 @@ def play(engine: SeededEngine, task: Any, **changes: Any) -> tuple[Episode, Roll
 def verdict_of(episode: Episode) -> tuple[str | None, str, float | None]:
     assert episode.verdict is not None
     return episode.ending, episode.verdict.status, episode.verdict.score
+
+
+def facts_of(episode: Episode) -> tuple[object, ...]:
+    ledger = episode.ledger
+    return episode.ending, ledger.ids, ledger.log_probs, ledger.messages
 
 
 def test_turns_are_in_the_ledger_and_agree_with_the_template() -> None:
@@ -147,6 +152,33 @@ def test_environments_that_raise_or_hang_have_no_score() -> None:
     episode, rollouts = play(SeededEngine(), task_of(1, hangs=True), env_timeout_s=0.05)
     assert verdict_of(episode) == ("failed", "timeout", None)
     assert time.monotonic() - began < 5 and rollouts.metrics.env_s >= 0.05
+
+
+def test_a_checker_that_is_killed_costs_no_episode() -> None:
+    expected, _ = play(SeededEngine(), task_of(5))
+    engine = SeededEngine()
+    Words.killed.append(1)
+    episode, rollouts = play(engine, task_of(5))
+    assert facts_of(episode) == facts_of(expected) and episode.score == expected.score
+    assert rollouts.metrics.env_retries == 1 and len(engine.requests) == 1  # nothing said again
+
+    class Broken(Talk):
+        async def step(self, answer: Answer) -> Step:
+            raise OSError("gone")
+
+    engine.requests.clear()
+    broken = rollouts_of(engine, group_size=1, max_failed=1.0)
+    broken.table._environments = lambda name: Broken
+
+    async def body() -> Episode:
+        (group,) = await broken.collect([task_of(1, "talk")], 0, 1.0)
+        return group.episodes[0]
+
+    assert verdict_of(run(body)) == ("failed", "error", None)
+    assert len(engine.requests) == 1 and not broken.metrics.restarts
+    Words.killed += [1, 1]
+    episode, _ = play(engine, task_of(5))
+    assert verdict_of(episode) == ("failed", "error", None) and not Words.killed
 
 
 def test_a_loop_that_stands_still_times_nothing_out() -> None:
