@@ -197,8 +197,6 @@ class Run:
         seed: of tasks, sampling and order.
         shuffle_rewards: a control: rewards change places within the whole batch, so that nothing
             can be learned from them. A run that still improves learns from something else.
-        kl_every: steps between measurements of the distance to the first weights, which are kept
-            in host memory; 0: not measured.
         episodes_shown: groups a step of which the best and the worst episode are written as text.
     """
 
@@ -206,7 +204,6 @@ class Run:
     environments: tuple[Source, ...]
     seed: int = 1234
     shuffle_rewards: bool = False
-    kl_every: int = 0
     episodes_shown: int = 2
     objective: Objective = field(default_factory=Objective)
     rewards: Rewards = field(default_factory=Rewards)
@@ -217,7 +214,6 @@ class Run:
     def __post_init__(self) -> None:
         """Check the ranges."""
         _least("steps", self.steps, 1)
-        _least("kl_every", self.kl_every, 0)
         _least("episodes_shown", self.episodes_shown, 0)
         if not self.environments:
             raise ValueError("no [[environments]]: give one or more")

@@ -22,10 +22,12 @@ class RunFolder:
     Args:
         path: the folder; None: nothing is written.
         writes: whether this process writes figures.
+        tensorboard: a ``SummaryWriter``, or None.
     """
 
-    def __init__(self, path: Path | None, writes: bool) -> None:
+    def __init__(self, path: Path | None, writes: bool, tensorboard: Any = None) -> None:
         self._path, self._writes = path, writes and path is not None
+        self._tensorboard = tensorboard
         if path is not None:
             (path / "rl").mkdir(parents=True, exist_ok=True)
 
@@ -42,6 +44,9 @@ class RunFolder:
         if self._writes:
             with self._file(METRICS).open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(figures) + "\n")
+        if self._tensorboard is not None:
+            for name, value in flat(figures).items():
+                self._tensorboard.add_scalar(f"rl/{name}", value, figures["step"])
 
     def save_state(self, step: int, name: str, state: dict[str, Any]) -> None:
         """Write a part of a checkpoint's state, whole or not at all."""
@@ -67,6 +72,17 @@ class RunFolder:
     def _state(self, step: int, name: str) -> Path:
         assert self._path is not None
         return self._path / "rl" / f"state_{step:07d}_{name}.json"
+
+
+def flat(figures: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """Return the numbers of nested figures by path; the step is no figure."""
+    found: dict[str, float] = {}
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and name != "step":
+            found[prefix + name] = value
+    return found
 
 
 def _is_before(line: str, step: int) -> bool:

@@ -39,6 +39,7 @@ from megatron_k2.rl.run_file import Run
 from megatron_k2.rl.run_folder import RunFolder
 from megatron_k2.rl.update import Update, Updater
 
+KEPT = 2  # checkpoints that a run can go back to with the rollouts that followed them
 Play = Callable[[], Coroutine[Any, Any, list[Group]]]
 
 
@@ -84,6 +85,7 @@ class Trainer:
 
     def __init__(self, run: Run, parts: Parts, first: int = 0) -> None:
         self._run, self._parts, self._first = run, parts, first
+        self._saved: list[Any] = []
         if first:
             parts.sampler.load_state_dict(parts.folder.load_state(first, self._sampler_state))
             if parts.rollouts is not None:
@@ -208,9 +210,13 @@ class Trainer:
             parts.folder.save_state(step, self._sampler_state, parts.sampler.state_dict())
         if parts.rollouts is not None:
             name = f"rollouts_{parts.engine.copy}"
-            parts.folder.save_state(step, name, parts.rollouts.state_dict())
+            state = parts.rollouts.state_dict()
+            parts.folder.save_state(step, name, state)
+            self._saved.append(state)
         torch.distributed.barrier()
         parts.save(step)
+        if parts.rollouts is not None and len(self._saved) > KEPT:
+            parts.rollouts.saved(self._saved.pop(0))
 
     def _evaluate(self, step: int, last: bool = False) -> None:
         evaluator, every = self._parts.evaluator, self._run.evaluation.every
@@ -233,12 +239,13 @@ class Trainer:
         figures |= asdict(rolled) | asdict(last) | times
         figures |= {"gap_nats": updates[0].gap_nats, "rows": len(batch.rows)}
         self._parts.folder.write(figures)
+        left_s = sum(times.values()) * (self._run.steps - step - 1)
         _say(
             f"step {step:5d} | score {rolled.score:.3f} | reward {rolled.reward:+.3f} | tokens "
             f"{rolled.length:.1f} | loss {last.loss:.3g} | ptx {last.ptx_nats:.3f} | kl "
             f"{last.kl_nats:.2g} | gap {updates[0].gap_nats:.1g} | grad {last.grad_norm:.2g} | "
             f"rollout {times['rollout_s']:.2f} s | train {times['train_s']:.2f} s | sync "
-            f"{times['sync_s']:.2f} s"
+            f"{times['sync_s']:.2f} s | about {left_s / 60:.0f} min left"
         )
 
     def _temperature(self, step: int) -> float:

@@ -56,6 +56,8 @@ def make_trainer(
 
     Collective: all ranks must call.
     """
+    from megatron.training import get_tensorboard_writer
+
     first = int(args.iteration)
     chat_format = _chat_format(args)
     vocab_size = chat_format.tokenizer.vocab_size
@@ -95,7 +97,7 @@ def make_trainer(
         Updater(args, chunks, optimizer, scheduler, groups, run.objective),
         Evaluator(asking, held_out(run)) if run.evaluation.every else None,
         PtxRows(run.ptx.data, run.ptx.rows, args.seq_length, run.seed) if run.ptx.data else None,
-        RunFolder(folder, torch.distributed.get_rank() == 0),
+        RunFolder(folder, torch.distributed.get_rank() == 0, get_tensorboard_writer()),
         episodes,
         save,
         args.seq_length,
