@@ -30,6 +30,9 @@ DRIVER = Path(__file__).with_name("coding_inside.py")
 TASKS = Path(__file__).with_name("coding.toml")
 TIMEOUT_S = 4.0  # of processor time a case, where the task names none
 MAX_CASES_S = 120.0  # of all cases together
+ASSERTS_CALLS = 4  # tests that are code may take as long as so many cases
+WALL_FACTOR, WALL_SPARE_S = 4.0, 20.0  # of a loaded machine; processor time decides
+DRIVER_S = 10.0  # of processor time of the judging process and the interpreters that it starts
 _FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[ \t]*\n(.*?)^[ \t]*```[ \t]*$", re.M | re.S)
 _PYTHON = ("", "python", "python3", "py")
 _FUNCTION = "Write a Python function `{entry}`. Answer with all of its code in one ```python block."
@@ -121,18 +124,23 @@ def _command(metadata: Mapping[str, Any], program: str) -> Command:
     cases = metadata["cases"]
     form = metadata["form"]
     keys = {"calls": "arguments", "streams": "input"}
+    seconds = metadata["timeout_s"]
+    num_calls = max(1, len(cases)) if form != "asserts" else ASSERTS_CALLS
+    total_s = min(MAX_CASES_S, seconds * num_calls)
+    wall_s = WALL_FACTOR * seconds + WALL_SPARE_S
     order = {
         "form": form,
         "entry": metadata["entry"],
         "prompt": metadata["prompt"],
         "test": metadata["test"],
-        "timeout_s": metadata["timeout_s"],
+        "timeout_s": seconds,
+        "cpu_s": total_s,
+        "wall_s": wall_s,
         "cases": [case[keys[form]] for case in cases],
     }
-    total_s = min(MAX_CASES_S, metadata["timeout_s"] * max(1, len(cases)) + 5)
     limits = Limits(
-        wall_s=4 * total_s,  # of a loaded machine; processor time decides
-        cpu_s=total_s,
+        wall_s=WALL_FACTOR * total_s + 2 * wall_s,
+        cpu_s=total_s + DRIVER_S,
         memory_bytes=metadata["memory_bytes"],
         output_bytes=16 * CASE_OUTPUT_BYTES,
     )

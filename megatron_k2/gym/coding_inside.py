@@ -68,10 +68,14 @@ def decode(value: Any) -> Any:
 
 
 class Function:
-    """The program's function, in a process of its own."""
+    """The program's function, in a process of its own.
 
-    def __init__(self, name: str, timeout_s: float) -> None:
-        self.name, self.timeout_s = name, timeout_s
+    Processor time decides what takes too long; wall time only ends what waits for ever, because on
+    a loaded machine a right answer may take many times as long.
+    """
+
+    def __init__(self, name: str, cpu_s: float, wall_s: float) -> None:
+        self.name, self.cpu_s, self.wall_s = name, cpu_s, wall_s
         self._process: subprocess.Popen[bytes] | None = None
         self._rest = b""
 
@@ -111,16 +115,22 @@ class Function:
         if self._process is None:
             argv = [sys.executable, __file__, "serve", self.name]
             pipe = subprocess.PIPE
-            self._process = subprocess.Popen(argv, stdin=pipe, stdout=pipe, start_new_session=True)
+            self._process = subprocess.Popen(
+                argv,
+                stdin=pipe,
+                stdout=pipe,
+                start_new_session=True,
+                preexec_fn=lambda: _limit_cpu(self.cpu_s),
+            )
         return self._process
 
     def _line(self, process: subprocess.Popen[bytes]) -> bytes:
         assert process.stdout is not None
-        deadline = time.monotonic() + self.timeout_s
+        deadline = time.monotonic() + self.wall_s
         while b"\n" not in self._rest:
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([process.stdout], [], [], left)[0]:
-                raise NoAnswerError(f"no answer within {self.timeout_s} s")
+                raise NoAnswerError(f"none within {self.wall_s} s")
             piece = os.read(process.stdout.fileno(), 1 << 16)
             self._rest += piece
             if not piece or len(self._rest) > CASE_OUTPUT_BYTES:
@@ -165,11 +175,15 @@ def _load(name: str) -> Any:
 
 def judge_calls(order: dict[str, Any]) -> dict[str, Any]:
     """Call the function with each case's arguments; return what came back."""
-    function = Function(order["entry"], order["timeout_s"])
+    function = Function(order["entry"], order["cpu_s"], order["wall_s"])
     found: list[dict[str, Any]] = []
     for arguments in order["cases"]:
         try:
             found.append({"value": encode(function(*decode(arguments)))})
+        except NoAnswerError as error:  # the next would not answer either
+            left = len(order["cases"]) - len(found)
+            found += [{"raised": "NoAnswerError", "words": str(error)}] * left
+            break
         except Exception as error:
             found.append({"raised": type(error).__name__, "words": str(error)[:_ERROR_CHARS]})
     function.close()
@@ -178,7 +192,7 @@ def judge_calls(order: dict[str, Any]) -> dict[str, Any]:
 
 def judge_asserts(order: dict[str, Any]) -> dict[str, Any]:
     """Run the tests here; what they test is elsewhere."""
-    function = Function(order["entry"], order["timeout_s"])
+    function = Function(order["entry"], order["cpu_s"], order["wall_s"])
     names: dict[str, Any] = {"__name__": "tests"}
     try:
         with contextlib.redirect_stdout(sys.stderr):
@@ -197,10 +211,16 @@ def judge_asserts(order: dict[str, Any]) -> dict[str, Any]:
 
 def judge_streams(order: dict[str, Any]) -> dict[str, Any]:
     """Run the program on each case's input; return what it printed."""
-    return {"cases": [_run(text.encode(), order["timeout_s"]) for text in order["cases"]]}
+    found: list[dict[str, Any]] = []
+    for text in order["cases"]:
+        one = _run(text.encode(), order["timeout_s"], order["wall_s"])
+        found.append(one)
+        if one["late"]:  # the others wait for nothing
+            return {"cases": found + [one] * (len(order["cases"]) - len(found))}
+    return {"cases": found}
 
 
-def _run(text: bytes, timeout_s: float) -> dict[str, Any]:
+def _run(text: bytes, timeout_s: float, wall_s: float) -> dict[str, Any]:
     with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as errors:
         source.write(text)
         source.seek(0)
@@ -212,7 +232,7 @@ def _run(text: bytes, timeout_s: float) -> dict[str, Any]:
             start_new_session=True,
             preexec_fn=lambda: _limit_cpu(timeout_s),
         )
-        printed, late = _read(process, 4 * timeout_s)
+        printed, late = _read(process, wall_s)
         _end(process)
         size = errors.seek(0, os.SEEK_END)
         errors.seek(max(0, size - _ERROR_CHARS))
@@ -220,7 +240,8 @@ def _run(text: bytes, timeout_s: float) -> dict[str, Any]:
     late = late or process.returncode in (-signal.SIGXCPU, -signal.SIGKILL)
     return {
         "printed": printed.decode(errors="replace"),
-        "returncode": process.returncode,
+        "returncode": process.returncode or int(late),
+        "late": late,
         "words": f"more than {timeout_s} s" if late else words,
     }
 

@@ -101,7 +101,7 @@ class ForwardStep:
         device = next(model.parameters()).device
         tensors, packed = on_this_rank(row, self._groups, device)
         routes = tensors.pop("routes", None)
-        replay(routes if self._rules.replay_routing else None, self._groups.tp)
+        replay(model, routes if self._rules.replay_routing else None, self._groups.tp)
         output = model(
             tensors["tokens"],
             tensors["position_ids"],

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 
-def replay(routes: Tensor | None, tp: ProcessGroup) -> None:
+def replay(model: torch.nn.Module, routes: Tensor | None, tp: ProcessGroup) -> None:
     """Set the next microbatch's experts; they hold until the next call: recomputation needs them.
 
     Args:
+        model: a chunk, wrapped or not.
         routes: int16 [1, s, layers * k] of this context-parallel rank, -1: the router chooses;
             None: it always does.
         tp: with sequence parallelism its ranks hold a slice each of the tokens.
@@ -25,23 +26,23 @@ def replay(routes: Tensor | None, tp: ProcessGroup) -> None:
     Raises:
         ValueError: the model does not replay, or has another number of expert layers.
     """
-    from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
+    from megatron.core.transformer.moe.router_replay import RouterReplayAction
 
-    instances: list[Any] = RouterReplay.global_router_replay_instances
-    if routes is not None and not instances:
+    found = (getattr(module, "router_replay", None) for module in model.modules())
+    routers: list[Any] = [one for one in found if one is not None]
+    if routes is not None and not routers:
         raise ValueError(
             "the engine recorded experts, but the model has no --moe-enable-routing-replay"
         )
-    RouterReplay.clear_global_indices()
-    if routes is None:
-        RouterReplay.clear_global_router_replay_action()
-        return
-    if routes.shape[2] % len(instances):
-        raise ValueError(f"{routes.shape[2]} recorded experts a token, {len(instances)} layers")
-    layers = routes[0].to(torch.long).unflatten(1, (len(instances), -1))
-    for layer, instance in enumerate(instances):
-        instance.set_target_indices(_slice_of_rank(layers[:, layer], tp))
-    RouterReplay.set_global_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
+    if routes is not None and routes.shape[2] % len(routers):
+        raise ValueError(f"{routes.shape[2]} recorded experts a token, {len(routers)} layers")
+    for number, router in enumerate(routers):
+        router.clear_indices()
+        router.clear_router_replay_action()
+        if routes is not None:
+            layer = routes[0].to(torch.long).unflatten(1, (len(routers), -1))[:, number]
+            router.set_target_indices(_slice_of_rank(layer, tp))
+            router.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
 
 
 def _slice_of_rank(experts: Tensor, tp: ProcessGroup) -> Tensor:

@@ -126,7 +126,7 @@ class Updater:
             get_forward_backward_func(),
             iteration=iteration,
         )
-        replay(None, self._groups.tp)
+        replay(self._chunks[0], None, self._groups.tp)
         reported, skipped, _, _, _, grad_norm, _, max_logit = found
         if skipped:
             raise RuntimeError(f"step {iteration} was skipped: a gradient is not finite")

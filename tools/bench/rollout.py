@@ -75,7 +75,8 @@ class Result:
 
     Attributes:
         wall_s: for all batches, training included.
-        rollout_s: that the trainer waited.
+        rollout_s, rollout_cpu_s: that the trainer waited; CPU of the process meanwhile, which
+            other work on the machine disturbs less.
         samples, tokens: delivered.
         busy_s, slot_s: of the engine's slots.
         lag: of the oldest trained token, in versions.
@@ -83,6 +84,7 @@ class Result:
 
     wall_s: float
     rollout_s: float
+    rollout_cpu_s: float
     samples: int
     tokens: int
     busy_s: float
@@ -214,11 +216,11 @@ async def play(name: str, side: Any, options: Any) -> Result:
     rollouts = Rollouts(stopping, side.format, Services(), settings, environments=lambda _: Lengths)
     tasks = tasks_of(options)
     production = Production(rollouts, lambda: next(tasks, None), options.groups) if lag else None
-    found = Result(0.0, 0.0, 0, 0, 0.0, 0.0, 0)
+    found = Result(0.0, 0.0, 0.0, 0, 0, 0.0, 0.0, 0)
     began = time.perf_counter()
     for step in range(options.batches):
         await side.update(engine, step)
-        asked = time.perf_counter()
+        asked, cpu = time.perf_counter(), time.process_time()
         if name == "sync":
             batch = [next(tasks) for _ in range(options.groups)]
             groups = await rollouts.collect(batch, step, 1.0)
@@ -230,6 +232,7 @@ async def play(name: str, side: Any, options: Any) -> Result:
             assert production is not None
             groups = await production.take(step, 1.0)
         found.rollout_s += time.perf_counter() - asked
+        found.rollout_cpu_s += time.process_time() - cpu
         metrics = rollouts.metrics
         found.samples += metrics.episodes
         found.tokens += sum(one.num_sampled for group in groups for one in group.episodes)
@@ -299,21 +302,39 @@ def report(options: Any, prefix: str, results: dict[str, list[Result]]) -> dict[
     for name, found in results.items():
         waited = median(name, lambda one: one.samples / one.rollout_s)
         whole = median(name, lambda one: one.samples / one.wall_s)
+        by_cpu = median(name, lambda one: one.samples / one.rollout_cpu_s)
         idle = median(name, lambda one: one.rollout_s / one.wall_s)
         used = median(name, lambda one: one.busy_s / one.slot_s)
         figures |= {
-            f"{prefix}{name}_samples_per_s": waited, f"{prefix}{name}_run_samples_per_s": whole,
-            f"{prefix}{name}_trainer_idle": idle, f"{prefix}{name}_utilisation": used,
-        }  # fmt: skip
-        first = [figures[f"{prefix}sync_{key}samples_per_s"] for key in ("", "run_")]
-        apart = (
-            ("-", "-") if name == "continuous" else (f"{waited:.1f}", f"{waited / first[0]:.2f}")
+            f"{prefix}{name}_samples_per_s": waited,
+            f"{prefix}{name}_samples_per_cpu_s": by_cpu,
+            f"{prefix}{name}_run_samples_per_s": whole,
+            f"{prefix}{name}_trainer_idle": idle,
+            f"{prefix}{name}_utilisation": used,
+        }
+        first = {
+            key: figures[f"{prefix}sync_{key}"]
+            for key in ("samples_per_s", "samples_per_cpu_s", "run_samples_per_s")
+        }
+        alone = name == "continuous"  # its rollouts go on while it trains
+        rows.append(
+            (
+                name,
+                "-" if alone else f"{waited:.1f}",
+                "-" if alone else f"{waited / first['samples_per_s']:.2f}",
+                "-" if alone else f"{by_cpu / first['samples_per_cpu_s']:.2f}",
+                f"{whole:.1f}",
+                f"{whole / first['run_samples_per_s']:.2f}",
+                f"{100 * idle:.0f} %",
+                f"{100 * used:.0f} %",
+                max(one.lag for one in found),
+            )
         )
-        together = f"{whole:.1f}", f"{whole / first[1]:.2f}"
-        shares = f"{100 * idle:.0f} %", f"{100 * used:.0f} %"
-        rows.append((name, *apart, *together, *shares, max(one.lag for one in found)))
-    base = figures[f"{prefix}sync_samples_per_s"]
-    figures[f"{prefix}partial_vs_sync"] = figures[f"{prefix}partial_samples_per_s"] / base
+    for key in ("", "cpu_"):
+        base = figures[f"{prefix}sync_samples_per_{key}s"]
+        figures[f"{prefix}partial_vs_sync{'_by_cpu' if key else ''}"] = (
+            figures[f"{prefix}partial_samples_per_{key}s"] / base
+        )
     figures[f"{prefix}trainer_idle"] = figures[f"{prefix}sync_trainer_idle"]
     lengths = {(one.samples, one.tokens) for found in results.values() for one in found}
     samples, tokens = max(lengths)
@@ -326,8 +347,8 @@ def report(options: Any, prefix: str, results: dict[str, list[Result]]) -> dict[
         f"median of {options.repeats}"
     )
     header = (
-        "rollout", "samples/s", "ratio", "with training", "ratio", "trainer idle", "slots busy",
-        "oldest token",
+        "rollout", "samples/s", "ratio", "by CPU", "with training", "ratio", "trainer idle",
+        "slots busy", "oldest token",
     )  # fmt: skip
     print_table(title, header, rows)
     if len(lengths) > 1:

@@ -99,7 +99,6 @@ def common(options: argparse.Namespace, seed: int) -> list[str]:
         *("--k2-precision", "fp32", "--num-workers", "0", "--use-distributed-optimizer"),
         *("--tokenizer-model", str(options.out / "kimi"), "--vocab-size", str(VOCAB_SIZE)),
         *("--seq-length", str(SEQ_LENGTH), "--seed", str(seed), "--optimizer", "muonclip"),
-        *("--micro-batch-size", "4"),
     ]
 
 
@@ -110,7 +109,8 @@ def base(options: argparse.Namespace, seed: int) -> Path:
         flags = [
             *common(options, seed),
             *("--train-data-path", str(options.out / "chat_train"), "--eval-iters", "0"),
-            *("--global-batch-size", "8", "--lr", "1e-2", "--min-lr", "0"),
+            *("--micro-batch-size", "4", "--global-batch-size", "8"),
+            *("--lr", "1e-2", "--min-lr", "0"),
             *("--lr-decay-style", "linear", "--lr-warmup-iters", str(options.sft_steps // 20)),
             *("--train-iters", str(options.sft_steps), "--save", str(folder)),
             *("--save-interval", str(options.sft_steps)),
@@ -125,7 +125,7 @@ def play(options: argparse.Namespace, seed: int, is_shuffled: bool) -> list[dict
     folder = options.out / name
     tables = tomllib.loads(RUN_FILE.read_text())
     tables["run"] |= {"seed": seed, "steps": options.steps, "shuffle_rewards": is_shuffled}
-    tables["rollout"] |= {"budget": 64}
+    tables["rollout"] |= {"budget": 64, "groups": options.groups}
     tables["rollout"]["temperature"]["steps"] = options.steps
     tables["evaluation"] |= {"tasks": options.held_out, "every": max(1, options.steps // 3)}
     tables["environments"].append(
@@ -135,8 +135,6 @@ def play(options: argparse.Namespace, seed: int, is_shuffled: bool) -> list[dict
             "options": {"prompt": "compact", "pairs": PAIRS},
         }
     )
-    for source in tables["environments"]:  # inline, for to_toml
-        source.setdefault("options", {})
     run_file = options.out / f"{name}.toml"
     run_file.write_text(to_toml(tables))
     done = folder / "latest_checkpointed_iteration.txt"
@@ -185,6 +183,7 @@ def main() -> int:
     add("--out", type=Path, required=True)
     add("--seeds", type=int, default=3)
     add("--steps", type=int, default=75, help="of RL")
+    add("--groups", type=int, default=32, help="prompts a step, of both kinds together")
     add("--held-out", type=int, default=128, help="tasks of each environment")
     add("--sft-items", type=int, default=2000, help="of words, and of critic tasks")
     add("--sft-steps", type=int, default=400)
