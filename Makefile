@@ -33,14 +33,17 @@ lint: setup
 	$(PYTHON_VENV) -m ruff format --check .
 	$(PYTHON_VENV) -m mypy
 
-# The tests of several processes beside all others: each leaves cores idle while it waits.
+# Three lanes side by side: each leaves cores idle while it waits for processes of its own.
 PYTEST := $(PYTHON_VENV) -m pytest -x -q -rs --durations=10
+STARTS := tests/unit/training tests/unit/checkpoint tests/unit/gym tests/unit/rl tests/unit/engine
 test: lint
-	@log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \
-	$(PYTEST) --ignore=tests/distributed >"$$log" 2>&1 & others=$$!; \
-	echo "tests/distributed, and beside it all other tests, shown when both are done"; \
-	$(PYTEST) tests/distributed; first=$$?; wait $$others; second=$$?; \
-	cat "$$log"; exit $$((first | second))
+	@logs=$$(mktemp -d); trap 'rm -rf "$$logs"' EXIT; \
+	$(PYTEST) $(STARTS) >"$$logs/1" 2>&1 & second=$$!; \
+	$(PYTEST) --ignore=tests/distributed $(STARTS:%=--ignore=%) >"$$logs/2" 2>&1 & third=$$!; \
+	echo "tests/distributed; the other tests run beside it and are shown when all are done"; \
+	$(PYTEST) tests/distributed; failed=$$?; \
+	for lane in $$second $$third; do wait $$lane || failed=1; done; \
+	cat "$$logs/1" "$$logs/2"; exit $$failed
 
 # Transformer Engine's real modules, without a GPU: needs nvcc, and a long first time.
 test-te: setup

@@ -6,6 +6,9 @@ expert parallelism the ranks of one model copy decode together: the first *leads
 loop, environments and judges; the others follow until it releases them. Each data-parallel copy is
 an engine of its own.
 
+A sync is checked by log-probabilities of a fixed prompt, and in one process by checksums of every
+tensor too. With LoRA the frozen base stays as it was bound and the adapters are added anew.
+
 Left out: freeing the trainer's memory for the engine, which K2 does and a CPU has no need of.
 """
 
@@ -19,6 +22,7 @@ from typing import Any
 import torch
 from megatron.core.utils import unwrap_model
 
+from megatron_k2.adapters import is_adapter
 from megatron_k2.checkpoint.hf.model import ModelShape
 from megatron_k2.engine.core import LocalCore
 from megatron_k2.engine.local import LocalEngine
@@ -88,7 +92,8 @@ class ColocatedEngine:
         if self.is_leader:
             self._local = LocalEngine(self._core, threads)
             self.engine = GatedEngine(self._local)
-            if self._alone:
+            self._sync: InProcessSync | None = None
+            if self._alone and not has_adapters(self._model):
                 weights = LiveWeights([self._model], shape, self._dtype)
                 receiver = LocalReceiver(self._local, self._core, weights)
                 self._sync = InProcessSync(weights, receiver, self.engine, vocab_size)
@@ -114,7 +119,7 @@ class ColocatedEngine:
         Raises:
             SyncRefused: what the engine computes is not what the trainer computes; on all ranks.
         """
-        if self._alone:
+        if self.is_leader and self._sync is not None:
             self._loop.run_until_complete(self._sync.push(version))
             return
         trainer = trainer_top(self._model, self._vocab_size)
@@ -128,7 +133,10 @@ class ColocatedEngine:
     async def _rebind(self, version: int, trainer: Any) -> str:
         """Return what differs, an empty text where nothing does."""
         self.engine.begin(version)
-        await self._local.between_steps(_ranked(self._core).change_weights, version)
+        if self._alone:
+            await self._local.update_weights(version, lambda: None)
+        else:
+            await self._local.between_steps(_ranked(self._core).change_weights, version)
         engine = await engine_top(self._local, self._vocab_size, version)
         sides = Fingerprint(version, None, trainer), Fingerprint(version, None, engine)
         found = "; ".join(differences(*sides, TOLERANCE_NATS[self._dtype]))
@@ -145,6 +153,11 @@ class ColocatedEngine:
         else:
             _ranked(self._core).follow()
         self._loop.close()
+
+
+def has_adapters(model: torch.nn.Module) -> bool:
+    """Tell whether a model has LoRA's factors, which the engine adds to its copies."""
+    return any(is_adapter(name) for name, _ in model.named_parameters())
 
 
 def _ranked(core: LocalCore) -> RankedCore:

@@ -77,8 +77,6 @@ def check_rl_args(args: Any) -> None:
             "--pipeline-model-parallel-size: the local engine holds all layers on a rank; use "
             "tensor, expert or data parallelism"
         )
-    if args.k2_lora_rank:
-        raise UsageError("--k2-lora-rank: the engine does not read adapters; train whole weights")
     if args.lr is None:
         raise UsageError("no learning rate: give --lr")
 
@@ -113,12 +111,15 @@ def _run(args: Any, run: Run) -> None:
 
     from megatron_k2 import parallel
     from megatron_k2.checkpoint.load_hf import LoadHF
+    from megatron_k2.checkpoint.load_peft import LoadPeft
     from megatron_k2.training.rl_parts import make_trainer
 
     config = gpt_config_from_args(args)
     has_own = args.load and (Path(args.load) / "latest_checkpointed_iteration.txt").is_file()
     if args.k2_load_hf and not has_own:
         config.post_wrap_hooks.append(LoadHF(Path(args.k2_load_hf)))
+    if args.k2_lora_load:
+        config.post_wrap_hooks.append(LoadPeft(Path(args.k2_lora_load), vars(args)))
     initialize_megatron(get_embedding_ranks=embedding_ranks)
     args = get_args()
     groups = parallel.get_pg_collection()

@@ -30,8 +30,9 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [f"--data-path={prefix}", "--split=100,0,0", "--train-iters=3", "--vocab-size=1024"]
 
 
-def test_packed_documents_train_alike_in_one_process_and_over_four_stages(
-    arguments: list[str], tmp_path: Path
+@pytest.mark.parametrize("num_stages", [2, pytest.param(4, marks=pytest.mark.evidence)])
+def test_packed_documents_train_alike_in_one_process_and_over_stages(
+    arguments: list[str], tmp_path: Path, num_stages: int
 ):
     def run(*more: str, world_size: int = 1) -> dict[int, str]:
         training = zygote().train(*arguments, *more, world_size=world_size)
@@ -41,8 +42,9 @@ def test_packed_documents_train_alike_in_one_process_and_over_four_stages(
     plain = run()
     packed = run(PACKED, f"--save={tmp_path}", "--save-interval=1")
     stages = run(
-        *(PACKED, f"--load={tmp_path}", "--ckpt-step=1", "--pipeline-model-parallel-size=4"),
-        world_size=4,
+        *(PACKED, f"--load={tmp_path}", "--ckpt-step=1"),
+        f"--pipeline-model-parallel-size={num_stages}",
+        world_size=num_stages,
     )
     assert sorted(packed) == [1, 2, 3]
     assert packed[1] != plain[1]

@@ -114,6 +114,15 @@ def test_every_layout_rolls_out_and_trains_alike(
             assert one[name] == pytest.approx(wanted[name], rel=SAME, abs=1e-7), (layout, name)
 
 
+def test_adapters_alone_are_trained_and_reach_the_engine(
+    files: dict[str, Path], plain: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    found = ended(start(files, tmp_path, "--k2-lora-rank=4", "--lr=1e-2"), tmp_path)
+    assert found[0]["reward"] == pytest.approx(plain[0]["reward"])  # they begin at zero
+    assert found[2]["reward"] != plain[2]["reward"] and found[2]["grad_norm"] > 0
+    assert all(one["gap_nats"] <= 1e-5 for one in found)
+
+
 def comparable(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Figures without times."""
     return [{k: v for k, v in one.items() if not k.endswith("_s")} for one in found]

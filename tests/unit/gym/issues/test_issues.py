@@ -114,6 +114,7 @@ def test_simple_forgeries_are_found_out(names: tuple[str, ...], built: Path) -> 
     assert {one.status for one in verdicts} == {"wrong"}, verdicts
 
 
+@pytest.mark.evidence
 def test_candidates_in_swe_benchs_form_are_tried(tmp_path: Path) -> None:
     base = history.make(tmp_path / "repo")
     head = history.git(tmp_path / "repo", "rev-parse", "fix")
@@ -204,6 +205,7 @@ def test_a_missing_file_is_said() -> None:
         Issues.load("train")
 
 
+@pytest.mark.evidence
 def test_the_tool_refuses_what_is_no_repository(tmp_path: Path) -> None:
     tool = Path(__file__).resolve().parents[4] / "tools" / "build_issue_tasks.py"
     argv = [sys.executable, str(tool), "--repository", str(tmp_path), "--output", "x.jsonl"]

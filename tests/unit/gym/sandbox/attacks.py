@@ -225,7 +225,7 @@ SIEGES: dict[str, Siege] = {
         ("timeout",),
         SHORT,
     ),
-    "kill everybody": Siege("os.kill(-1, signal.SIGKILL); time.sleep(1)", ANY, quick=True),
+    "kill everybody": Siege("os.kill(-1, signal.SIGKILL); time.sleep(1)", ANY),
     "kill the parent": Siege("os.kill(os.getppid(), signal.SIGKILL); time.sleep(1)", ANY),
     "stop the parent": Siege("os.kill(os.getppid(), signal.SIGSTOP); time.sleep(1)", ANY),
     "stop itself": Siege("os.kill(os.getpid(), signal.SIGSTOP)", ("timeout",), SHORT),
@@ -284,7 +284,7 @@ SIEGES: dict[str, Siege] = {
     # output
     "output": Siege("while True: print('x' * 1000)", ("output",), quick=True),
     "errors": Siege("while True: os.write(2, bytes(65536))", ("output",)),
-    "kept link": Siege("os.symlink(secret, 'x')", ("exited",), keep=("x",), quick=True),
+    "kept link": Siege("os.symlink(secret, 'x')", ("exited",), keep=("x",)),
     "kept link to a folder": Siege(
         "os.symlink(os.path.dirname(secret), 'x')", ("exited",), keep=("x/secret",)
     ),

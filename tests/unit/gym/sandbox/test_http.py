@@ -122,6 +122,7 @@ def test_a_server_that_is_not_there_is_an_error_of_the_sandbox(
         asyncio.run(find_sandbox("http", "http://127.0.0.1:9"))
 
 
+@pytest.mark.evidence
 def test_a_server_that_others_reach_needs_a_token() -> None:
     argv = [sys.executable, "-m", "megatron_k2.gym.sandbox.server", "--host", "0.0.0.0"]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)

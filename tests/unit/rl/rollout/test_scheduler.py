@@ -167,7 +167,7 @@ def long_ones(request: Any) -> list[int]:
 def test_segments_bound_what_an_episode_says_in_an_iteration() -> None:
     engine = SeededEngine()
     engine.script = long_ones
-    batches, metrics = partial(engine, 8, 10, slots=8, max_episodes=40, draw=source(budget=40))
+    batches, metrics = partial(engine, 8, 10, slots=8, max_episodes=400, draw=source(budget=40))
     assert not any(one.extra_segments for one in metrics)
     long = 0
     for one in (episode for batch in batches for group in batch for episode in group.episodes):
