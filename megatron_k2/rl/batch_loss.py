@@ -25,7 +25,7 @@ from torch.distributed import ProcessGroup
 from megatron_k2.rl.objective import importance_weights, losses, segment_sums
 from megatron_k2.rl.routes import replay
 from megatron_k2.rl.rows import Row, Sample, empty_row
-from megatron_k2.rl.run_file import Objective
+from megatron_k2.rl.run_tables import Objective
 
 Report = dict[str, Tensor]
 REPORTED = (

@@ -19,7 +19,7 @@ import torch
 from megatron_k2.rl.episode import Group
 from megatron_k2.rl.rewards import group_rewards
 from megatron_k2.rl.rows import Sample, sample_from
-from megatron_k2.rl.run_file import Rewards
+from megatron_k2.rl.run_tables import Rewards
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from megatron_k2.gym.base import RIGHT
 from megatron_k2.rl.episode import Group
-from megatron_k2.rl.run_file import Rewards
+from megatron_k2.rl.run_tables import Rewards
 
 _BROKEN_OFF = ("budget", "context")
 

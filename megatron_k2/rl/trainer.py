@@ -19,6 +19,7 @@ import torch
 from megatron_k2.gym.base import RIGHT
 from megatron_k2.rl.batch_loss import Batch, make_batch
 from megatron_k2.rl.colocated import ColocatedEngine
+from megatron_k2.rl.critic.in_run import RunCritic
 from megatron_k2.rl.curation.sampler import TaskSampler
 from megatron_k2.rl.episode import Group
 from megatron_k2.rl.evaluate import Evaluator
@@ -35,8 +36,8 @@ from megatron_k2.rl.ptx import PtxRows
 from megatron_k2.rl.rollout.episode_log import EpisodeLog
 from megatron_k2.rl.rollout.scheduler import Rollouts
 from megatron_k2.rl.rows import episode_rows
-from megatron_k2.rl.run_file import Run
 from megatron_k2.rl.run_folder import RunFolder
+from megatron_k2.rl.run_tables import Run
 from megatron_k2.rl.update import Update, Updater
 
 KEPT = 2  # checkpoints that a run can go back to with the rollouts that followed them
@@ -51,6 +52,7 @@ class Parts:
         engine: of this rank's model copy.
         rollouts: on the leader of a copy, else None.
         sampler: of prompts; the same on every rank.
+        critic: on a leader, where the run has open prompts or a closed loop; else None.
         updater: takes optimizer steps.
         evaluator: asks held-out tasks; None: the run has no evaluation.
         ptx: rows of curated text; None: no PTX loss.
@@ -64,6 +66,7 @@ class Parts:
     engine: ColocatedEngine
     rollouts: Rollouts | None
     sampler: TaskSampler
+    critic: RunCritic | None
     updater: Updater
     evaluator: Evaluator | None
     ptx: PtxRows | None
@@ -86,11 +89,14 @@ class Trainer:
     def __init__(self, run: Run, parts: Parts, first: int = 0) -> None:
         self._run, self._parts, self._first = run, parts, first
         self._saved: list[Any] = []
+        self._noted: dict[str, float] = {}  # of the critic, in the step under way
         if first:
             parts.sampler.load_state_dict(parts.folder.load_state(first, self._sampler_state))
+            copy = parts.engine.copy
             if parts.rollouts is not None:
-                name = f"rollouts_{parts.engine.copy}"
-                parts.rollouts.load_state_dict(parts.folder.load_state(first, name))
+                parts.rollouts.load_state_dict(parts.folder.load_state(first, f"rollouts_{copy}"))
+            if parts.critic is not None:
+                parts.critic.load_state_dict(parts.folder.load_state(first, f"critic_{copy}"))
         parts.folder.begin(first)
         if parts.episodes is not None:
             parts.episodes.rewind(first)
@@ -140,11 +146,13 @@ class Trainer:
         copy, copies = parts.engine.copy, parts.engine.num_copies
         temperature = rules.temperature.at(step)
         play = self._play_ahead if rules.max_lag else self._play_together
-        groups: Sequence[Group] = parts.engine.run(play(step, temperature)) or []
+        played = parts.engine.run(self._judged(play(step, temperature), step))
+        groups, noted = played or ([], {})
         own_outcomes = [
             outcome_of(group, copy + copies * place, step, self._run.rewards, step)
             for place, group in enumerate(groups)
         ]
+        self._noted = noted
         if parts.episodes is not None and groups:
             parts.episodes.write(step, groups, rewards_by_id(groups, own_outcomes))
         outcomes = gathered(own_outcomes)
@@ -153,11 +161,26 @@ class Trainer:
             parts.sampler.report(one.task, right, len(one.scores), one.env)
         return outcomes
 
+    def _judged(
+        self, play: Play, step: int
+    ) -> Callable[[], Coroutine[Any, Any, tuple[list[Group], dict[str, float]]]]:
+        """Play, and have the critic judge what was played."""
+        critic = self._parts.critic
+
+        async def work() -> tuple[list[Group], dict[str, float]]:
+            groups = await play()
+            return groups, {} if critic is None else await critic.judge(groups, step)
+
+        return work
+
     def _play_together(self, step: int, temperature: float) -> Play:
         """All tokens of the batch come from this step's weights; engines share one sampler."""
         parts = self._parts
         drawn = parts.sampler.draw(self._run.rollout.groups, step)
-        own = [task for task, _ in drawn[parts.engine.copy :: parts.engine.num_copies]]
+        copies = parts.engine.num_copies
+        own = [task for task, _ in drawn[parts.engine.copy :: copies]]
+        if parts.critic is not None:
+            own += parts.critic.tasks(step, copies)
 
         async def play() -> list[Group]:
             assert parts.rollouts is not None
@@ -213,6 +236,9 @@ class Trainer:
             state = parts.rollouts.state_dict()
             parts.folder.save_state(step, name, state)
             self._saved.append(state)
+        if parts.critic is not None:
+            name = f"critic_{parts.engine.copy}"
+            parts.folder.save_state(step, name, parts.critic.state_dict())
         torch.distributed.barrier()
         parts.save(step)
         if parts.rollouts is not None and len(self._saved) > KEPT:
@@ -237,6 +263,8 @@ class Trainer:
         rolled, last = summary(outcomes), updates[-1]
         figures = {"step": step, "kind": "train", "temperature": self._temperature(step)}
         figures |= asdict(rolled) | asdict(last) | times
+        if self._noted:
+            figures["critic"] = self._noted
         figures |= {"gap_nats": updates[0].gap_nats, "rows": len(batch.rows)}
         self._parts.folder.write(figures)
         left_s = sum(times.values()) * (self._run.steps - step - 1)

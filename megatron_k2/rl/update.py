@@ -16,7 +16,7 @@ import torch
 from megatron_k2.inputs import UsageError
 from megatron_k2.rl.batch_loss import Batch, ForwardStep, rows_of_rank
 from megatron_k2.rl.routes import replay
-from megatron_k2.rl.run_file import Objective
+from megatron_k2.rl.run_tables import Objective
 
 
 @dataclass(frozen=True)

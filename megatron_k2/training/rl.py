@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_k2.inputs import UsageError
-from megatron_k2.rl.run_file import Run, read_run
+from megatron_k2.rl.run_file import read_run
+from megatron_k2.rl.run_tables import Run
 from megatron_k2.training.command_line import run_as_command
 from megatron_k2.training.pretrain import embedding_ranks
 
@@ -43,7 +44,7 @@ def add_rl_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         type=Path,
         required=True,
         metavar="FILE",
-        help="TOML of the run: environments, rollouts, rewards, PTX (megatron_k2/rl/run_file.py).",
+        help="TOML of the run: environments, rollouts, rewards, PTX; megatron_k2/rl/README.md.",
     )
     group.add_argument(
         "--k2-rl-judge-url",

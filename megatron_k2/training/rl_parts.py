@@ -19,6 +19,7 @@ from megatron_k2.gym.registry import environment
 from megatron_k2.gym.services import Services
 from megatron_k2.inputs import UsageError
 from megatron_k2.rl.colocated import ColocatedEngine, engine_limits
+from megatron_k2.rl.critic.in_run import RunCritic
 from megatron_k2.rl.curation.sampler import TaskSampler, TaskSource
 from megatron_k2.rl.curation.task_file import read_tasks
 from megatron_k2.rl.evaluate import Evaluator
@@ -27,8 +28,9 @@ from megatron_k2.rl.rollout.buffer import Buffer, FileBuffer
 from megatron_k2.rl.rollout.episode_log import EpisodeLog
 from megatron_k2.rl.rollout.scheduler import Rollouts
 from megatron_k2.rl.rollout.settings import RolloutSettings
-from megatron_k2.rl.run_file import Run, Source
 from megatron_k2.rl.run_folder import RunFolder
+from megatron_k2.rl.run_tables import Run, Source
+from megatron_k2.rl.schedules import Schedule
 from megatron_k2.rl.trainer import Parts, Trainer
 from megatron_k2.rl.update import Updater
 
@@ -93,7 +95,13 @@ def make_trainer(
     parts = Parts(
         engine,
         rollouts,
-        TaskSampler(sources, run.seed + (engine.copy if run.rollout.max_lag else 0)),
+        TaskSampler(
+            sources,
+            run.seed + (engine.copy if run.rollout.max_lag else 0),
+            "failures" if run.priority == "failures" else "uniform",
+            None if run.curriculum == Schedule(1.0, 1.0) else run.curriculum,
+        ),
+        run_critic(run, engine, chat_format),
         Updater(args, chunks, optimizer, scheduler, groups, run.objective),
         Evaluator(asking, held_out(run)) if run.evaluation.every else None,
         PtxRows(run.ptx.data, run.ptx.rows, args.seq_length, run.seed) if run.ptx.data else None,
@@ -104,6 +112,26 @@ def make_trainer(
         groups,
     )
     return Trainer(run, parts, first)
+
+
+def run_critic(run: Run, engine: ColocatedEngine, chat_format: KimiFormat) -> RunCritic | None:
+    """Return the critic of a run that asks for one, on the leader of an engine.
+
+    Raises:
+        UsageError: no such prompt or rubrics, or too few tasks for the engines.
+    """
+    wanted = run.critic.tasks or any(one.name == "open_ranked" for one in run.environments)
+    if not wanted or not engine.is_leader:
+        return None
+    if run.critic.tasks and (run.critic.tasks % engine.num_copies or run.rollout.max_lag):
+        raise UsageError(
+            f"--k2-rl-run: [critic] tasks {run.critic.tasks} must be a multiple of the "
+            f"{engine.num_copies} engines, and needs max_lag 0"
+        )
+    try:
+        return RunCritic(engine.engine, chat_format, run.critic, run.seed)
+    except ValueError as error:
+        raise UsageError(f"--k2-rl-run: [critic] {error}") from error
 
 
 def rollout_settings(run: Run, copy: int, num_copies: int) -> RolloutSettings:

@@ -123,6 +123,21 @@ def test_adapters_alone_are_trained_and_reach_the_engine(
     assert all(one["gap_nats"] <= 1e-5 for one in found)
 
 
+@pytest.mark.evidence
+def test_the_policy_ranks_open_answers_of_the_same_batch(
+    files: dict[str, Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "critic.toml"
+    open_prompts = '[[environments]]\nname = "open_ranked"\nsystem = "s"\nnum_tasks = 4\n'
+    rules = '[critic]\nprompt = "compact"\ntasks = 1\nmax_tokens = 8\n'
+    run.write_text(RUN.replace("num_tasks = 12", "num_tasks = 4") + open_prompts + rules)
+    more = ("--seq-length=1024", "--max-position-embeddings=4096")
+    found = ended(start({**files, "run": run}, tmp_path / "save", *more), tmp_path / "save")
+    for one in found:
+        assert one["num_unjudged"] == 0 and one["critic"]["asked"] > 0
+        assert 0 < one["score_by_env"]["open_ranked"] < 1
+
+
 def comparable(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Figures without times."""
     return [{k: v for k, v in one.items() if not k.endswith("_s")} for one in found]

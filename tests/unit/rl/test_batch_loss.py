@@ -17,7 +17,7 @@ from megatron_k2.engine.base import Request, Sampling
 from megatron_k2.engine.core import LocalCore
 from megatron_k2.rl.batch_loss import Batch, ForwardStep, make_batch
 from megatron_k2.rl.rows import LIVE, Sample, episode_rows, ptx_row
-from megatron_k2.rl.run_file import Objective
+from megatron_k2.rl.run_tables import Objective
 from tests.unit.engine.small_models import LIMITS, build, prompt_of, run
 
 pytestmark = pytest.mark.usefixtures("single_process")

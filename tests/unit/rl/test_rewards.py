@@ -7,7 +7,7 @@ import pytest
 from megatron_k2.gym.base import Task, judged, unjudged
 from megatron_k2.rl.episode import Episode, Group
 from megatron_k2.rl.rewards import group_rewards, length_rewards
-from megatron_k2.rl.run_file import Rewards
+from megatron_k2.rl.run_tables import Rewards
 
 
 class FakeLedger:

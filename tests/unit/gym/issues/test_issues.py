@@ -186,6 +186,7 @@ def test_an_agent_reads_searches_edits_tests_and_submits(built: Path) -> None:
     assert "no tool" in said[7] and "submit" in said[8]
 
 
+@pytest.mark.evidence
 def test_an_agents_gold_scores_one(built: Path) -> None:
     task = task_of(built, IssuesAgent)
     sandbox = any_sandbox()

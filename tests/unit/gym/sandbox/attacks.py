@@ -188,7 +188,7 @@ class Siege:
     quick: bool = False
 
 
-SHORT = Limits(wall_s=1.0, cpu_s=1.0)
+SHORT = Limits(wall_s=1.0, cpu_s=0.5)
 SMALL = Limits(wall_s=30.0, cpu_s=10.0, memory_bytes=128 << 20, disk_bytes=16 << 20)
 ANY = ("exited", "timeout", "memory", "killed")
 SIEGES: dict[str, Siege] = {

@@ -82,6 +82,7 @@ def test_strangers_are_refused() -> None:
     asyncio.run(there())
 
 
+@pytest.mark.evidence
 def test_a_client_that_goes_ends_its_program() -> None:
     async def there() -> None:
         async with served() as url:

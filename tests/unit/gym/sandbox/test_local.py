@@ -72,6 +72,7 @@ def test_site_packages_are_not_there() -> None:
     assert use(any_sandbox().kind, lambda box: box.run(python(code))).stdout == b"[]\n"
 
 
+@pytest.mark.evidence
 def test_runs_wait_for_their_turn_and_do_not_see_each_other() -> None:
     async def many(sandbox: LocalSandbox) -> Result:
         code = "import os, time\nassert os.listdir() == []\nopen('x', 'w')\ntime.sleep(0.05)"
@@ -100,6 +101,7 @@ def test_cancelling_ends_the_program() -> None:
     assert children(os.getpid()) == before
 
 
+@pytest.mark.evidence
 def test_a_killed_nursery_is_replaced() -> None:
     async def killed(sandbox: LocalSandbox) -> Result:
         await sandbox.run(python("pass"))
