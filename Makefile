@@ -59,7 +59,8 @@ evidence: setup
 	$(PYTHON_VENV) -m pytest -q -rs --durations=10 -m evidence
 
 bench: setup
-	@set -e; for bench in activation_memory attention chat convert generate moe_layer muonclip muonclip_traffic tokenize train_step; do \
+	@set -e; for bench in activation_memory attention chat convert generate moe_layer muonclip muonclip_traffic rollout sandbox \
+		tokenize train_step; do \
 		echo "== $$bench"; $(PYTHON_VENV) tools/bench/$$bench.py; done
 
 format: setup

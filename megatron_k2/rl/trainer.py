@@ -265,6 +265,8 @@ class Trainer:
         figures |= asdict(rolled) | asdict(last) | times
         if self._noted:
             figures["critic"] = self._noted
+        if self._parts.rollouts is not None:
+            figures["rollouts"] = self._parts.rollouts.metrics.figures()
         figures |= {"gap_nats": updates[0].gap_nats, "rows": len(batch.rows)}
         self._parts.folder.write(figures)
         left_s = sum(times.values()) * (self._run.steps - step - 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -81,7 +82,9 @@ def make_trainer(
         place = None if folder is None else folder / "rl" / f"rollouts_{engine.copy}"
         if place is not None:
             place.mkdir(parents=True, exist_ok=True)
-        buffer = Buffer() if place is None else FileBuffer(place, chat_format, settings)
+        buffer = Buffer()
+        if place is not None:
+            buffer = FileBuffer(place, chat_format, settings, run=_digest(run))
         episodes = None if place is None else EpisodeLog(place, run.episodes_shown)
         rollouts = Rollouts(engine.engine, chat_format, services, settings, buffer)
         alone = replace(settings, group_size=1)
@@ -112,6 +115,11 @@ def make_trainer(
         groups,
     )
     return Trainer(run, parts, first)
+
+
+def _digest(run: Run) -> str:
+    """Return what tells runs apart whose rollouts are not the same; more steps are no other run."""
+    return hashlib.blake2b(repr(replace(run, steps=1)).encode(), digest_size=8).hexdigest()
 
 
 def run_critic(run: Run, engine: ColocatedEngine, chat_format: KimiFormat) -> RunCritic | None:

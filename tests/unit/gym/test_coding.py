@@ -126,6 +126,7 @@ def test_no_forgery_passes(names: tuple[str, ...], tmp_path: Path) -> None:
     assert right.status == "ok", right
 
 
+@pytest.mark.evidence
 def test_streams_are_compared_outside_the_sandbox(tmp_path: Path) -> None:
     task = of_file(tmp_path, CONTEST | {"timeout_s": 1.0})
     texts = [CONTEST["solution"], "print(3)", "print(open('driver.py').read().count('expected'))"]

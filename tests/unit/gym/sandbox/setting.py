@@ -25,6 +25,8 @@ from megatron_k2.gym.sandbox.local import Kind, LocalSandbox
 from tests.unit.gym.sandbox.attacks import ATTEMPTS, PRELUDE, Siege
 
 WAYS = ("namespaces", "bubblewrap", "alone")  # words of the kinds' names
+ONE_WAY = [WAYS[0], *(pytest.param(way, marks=pytest.mark.evidence) for way in WAYS[1:])]
+"""For what all ways do alike; the attacks take them by turns in any case."""
 VARIABLE = "K2_SECRET_OF_THE_HOST"
 _EACH = """
 for name, code in json.loads(sys.argv[2]).items():

@@ -19,7 +19,7 @@ from megatron_k2.gym.sandbox.find import candidates, find_sandbox
 from megatron_k2.gym.sandbox.keeper import measure, wire
 from megatron_k2.gym.sandbox.keeper.seccomp import filter_bytes
 from megatron_k2.gym.sandbox.local import Kind, LocalSandbox, check
-from tests.unit.gym.sandbox.setting import WAYS, any_sandbox, children, kind_or_skip
+from tests.unit.gym.sandbox.setting import ONE_WAY, any_sandbox, children, kind_or_skip
 
 Runs = Callable[[LocalSandbox], Awaitable[Result]]
 
@@ -39,7 +39,7 @@ def python(code: str, **more: object) -> Command:
     return Command(("python", "-c", code), **more)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ONE_WAY)
 def test_files_input_and_environment_go_in_and_results_come_out(way: str) -> None:
     command = python(
         "import os, sys\nfrom part import word\nprint(word, sys.stdin.read(), os.environ['K'])\n"
@@ -57,7 +57,7 @@ def test_files_input_and_environment_go_in_and_results_come_out(way: str) -> Non
     assert way in result.backend and 0 < result.wall_s < 20
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ONE_WAY)
 def test_a_signal_is_told_from_an_exit(way: str) -> None:
     kill = python("import os\nos.kill(os.getpid(), 9)")
     result = use(kind_or_skip(way), lambda sandbox: sandbox.run(kill))

@@ -83,10 +83,25 @@ def in_child(work: Callable[[], None]) -> int:
     return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
 
 
+def synced(folder: Path) -> dict[int, int]:
+    """Return what the disk has of each file, in bytes by inode."""
+    path = folder / "synced"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {int(inode): int(size) for inode, size in (line.split() for line in lines)}
+
+
 @contextlib.contextmanager
-def dies_at(write: int) -> Iterator[None]:
+def dies_at(write: int, folder: Path) -> Iterator[None]:
     """Kill this process before the given write, rename or removal, counted from 0."""
     count = 0
+    real = CheckedLines.append
+
+    def append(self: CheckedLines, value: dict[str, Any], to_disk: bool) -> None:
+        real(self, value, to_disk)
+        if to_disk:
+            there = os.fstat(self._stream.fileno())
+            with open(folder / "synced", "a") as file:
+                file.write(f"{there.st_ino} {there.st_size}\n")
 
     def deadly(function: Any) -> Any:
         def call(*args: Any, **more: Any) -> Any:
@@ -99,7 +114,7 @@ def dies_at(write: int) -> Iterator[None]:
         return call
 
     with (
-        patch.object(CheckedLines, "append", deadly(CheckedLines.append)),
+        patch.object(CheckedLines, "append", deadly(append)),
         patch.object(os, "replace", deadly(os.replace)),
         patch.object(Path, "unlink", deadly(Path.unlink)),
     ):
@@ -115,16 +130,15 @@ def train_with_kills(folder: Path, mode: str, seed: int) -> tuple[Checkpoint, in
         at = source.randrange(1, 60)
 
         def work(at: int = at) -> None:
-            with dies_at(at):
+            with dies_at(at, folder):
                 train(folder, mode)
 
         if not in_child(work):
             break
         kills += 1
         journal = folder / "buffer" / "open.jsonl"
-        if source.random() < 0.5 and journal.exists():  # the last line was half written
-            text = journal.read_bytes()
-            last = text.rstrip(b"\n").rfind(b"\n") + 1
-            if last:
-                journal.write_bytes(text[: source.randrange(last, len(text) + 1)])
+        if source.random() < 0.5 and journal.exists():  # the power failed: the disk lacks the end
+            size = journal.stat().st_size
+            least = synced(folder).get(journal.stat().st_ino, size)
+            os.truncate(journal, source.randint(min(least, size), size))
     return json.loads((folder / "checkpoint.json").read_text()), kills
