@@ -12,10 +12,12 @@ export OMP_NUM_THREADS=1 PYTHONPATH=.
 mkdir -p "$out/kimi"
 
 train() { # MODULE ARGS...: one process
+  local module=$1
+  shift
   "$python" -m torch.distributed.run --standalone --nproc-per-node 1 --no-python \
-    "$python" -W ignore -m "$@" --k2-preset k2-micro --tokenizer-model "$out/kimi" \
-    --vocab-size 596 --seq-length 256 --global-batch-size 8 --use-distributed-optimizer \
-    --optimizer muonclip --num-workers 0 --seed 1
+    "$python" -W ignore -m "$module" --k2-preset k2-micro --tokenizer-model "$out/kimi" \
+    --vocab-size 596 --global-batch-size 8 --use-distributed-optimizer \
+    --optimizer muonclip --num-workers 0 --seed 1 "$@"
 }
 
 if [ ! -e "$out/chat.json" ]; then
@@ -36,10 +38,10 @@ if [ ! -e "$out/chat.json" ]; then
 fi
 if [ ! -e "$out/base/latest_checkpointed_iteration.txt" ]; then
   train megatron_k2.training.sft --train-data-path "$out/chat_train" --eval-iters 0 \
-    --micro-batch-size 4 --train-iters 110 --lr 1e-2 --min-lr 0 --lr-decay-style linear \
+    --seq-length 256 --micro-batch-size 4 --train-iters 110 --lr 1e-2 --min-lr 0 --lr-decay-style linear \
     --lr-warmup-iters 10 --log-interval 10 --save "$out/base" --save-interval 110
 fi
-train megatron_k2.training.rl --k2-rl-run examples/k2_nano/rl.toml --lr 5e-4 \
+train megatron_k2.training.rl --k2-rl-run examples/k2_nano/rl.toml --seq-length 1024 --lr 5e-4 \
   --lr-decay-style constant --pretrained-checkpoint "$out/base" \
   --save "$out/rl" --load "$out/rl" --save-interval 25
 echo "[rl] figures: $out/rl/rl/metrics.jsonl; episodes to read: $out/rl/rl/rollouts_0"

@@ -208,6 +208,8 @@ class Trainer:
     def _batch(self, outcomes: Sequence[GroupOutcome], step: int) -> Batch:
         parts = self._parts
         samples = trained_samples(outcomes)
+        if not samples:
+            raise RuntimeError(f"step {step}: no episode could be judged; see rl/rollouts_*")
         rows = episode_rows(samples, parts.seq_length)
         ptx = [] if parts.ptx is None else parts.ptx.step(step)
         size = parts.groups.dp.size()

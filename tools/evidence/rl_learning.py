@@ -37,6 +37,7 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 LEAST_MEAN, LEAST_EACH = 0.12, 0.08
 VOCAB_SIZE, SEQ_LENGTH = 596, 256
+RL_SEQ_LENGTH = 1024  # of packed rows: a row is a microbatch
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,8 @@ def play(options: argparse.Namespace, arm: Arm) -> list[dict[str, Any]]:
             *common(options, arm.seed),
             *("--k2-rl-run", str(run_file), "--global-batch-size", "8", "--lr", options.lr),
             *("--lr-decay-style", "constant", "--save", str(folder), "--load", str(folder)),
-            *("--save-interval", "25", "--pretrained-checkpoint", str(base(options, arm.seed))),
+            *("--seq-length", str(RL_SEQ_LENGTH), "--save-interval", "25"),
+            *("--pretrained-checkpoint", str(base(options, arm.seed))),
             *arm.flags,
         ]
         train(flags, options.out / f"{name}.log", "megatron_k2.training.rl")
