@@ -167,8 +167,9 @@ class TokenLedger:
         An answer that was aborted may go on, from the ids so far, with other weights.
 
         Raises:
-            ValueError: no answer has begun; the lists differ in length; a log-probability is not
-                finite or above 0; experts are recorded for a part of the answer only.
+            ValueError: no answer has begun; the lists differ in length; an id is outside the
+                vocabulary; a log-probability is not finite or above 0; experts are recorded for a
+                part of the answer only.
         """
         if self._parser is None:
             raise ValueError("no answer has begun: call begin_answer first")
@@ -179,6 +180,9 @@ class TokenLedger:
         for at, value in enumerate(log_probs):
             if not math.isfinite(value) or value > MAX_LOG_PROB:
                 raise ValueError(f"log-prob {at} of {len(ids)} is {value}: finite, 0 or less")
+        size = self.format.tokenizer.vocab_size
+        if outside := [token for token in ids if not 0 <= token < size]:
+            raise ValueError(f"token {outside[0]} is outside the vocabulary of {size}")
         self._extend_experts(len(ids), routed_experts)
         for token in ids:
             before = self._parser.is_reasoning

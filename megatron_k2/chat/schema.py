@@ -37,21 +37,33 @@ class CallProblem:
 class ToolSchemas:
     """The declarations of a dialogue, ready to check calls."""
 
-    def __init__(self, tools: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, tools: Sequence[Mapping[str, Any]], strict: bool = True) -> None:
         """Read declarations in OpenAI's form.
+
+        Args:
+            tools: declarations.
+            strict: refuse parameters that are no JSON schema. Without, every call of such a tool
+                has that as its problem: data from elsewhere knows types such as ``dict``.
 
         Raises:
             ValueError: one has no name, a name is declared twice, or its ``parameters`` are no
                 JSON schema.
         """
         self._validators: dict[str, Any] = {}
+        self._no_schemas: dict[str, str] = {}
         for at, tool in enumerate(tools):
             name = declared_name(tool)
             if not isinstance(name, str) or not name:
                 raise ValueError(f"tools[{at}] has no function.name: {tool!r}")
             if name in self._validators:
                 raise ValueError(f"tools[{at}] declares {name!r} once more")
-            self._validators[name] = _validator(name, tool["function"].get("parameters") or {})
+            try:
+                made = _validator(name, tool["function"].get("parameters") or {})
+            except ValueError as error:
+                if strict:
+                    raise
+                made, self._no_schemas[name] = None, str(error)
+            self._validators[name] = made
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -67,6 +79,8 @@ class ToolSchemas:
         """
         from referencing.exceptions import Unresolvable
 
+        if name in self._no_schemas:
+            return [self._no_schemas[name]]
         try:
             errors = list(self._validators[name].iter_errors(arguments))
         except Unresolvable as error:
@@ -106,7 +120,11 @@ class ToolSchemas:
         if isinstance(arguments, str):
             if wrong := wrong_arguments(arguments):
                 return [*found, CallProblem("json", f"call {quoted(id_)}: arguments {wrong}")]
-            arguments = json.loads(arguments)
+            try:
+                arguments = json.loads(arguments)
+            except ValueError as error:  # a number of more digits than Python reads
+                text = f"call {quoted(id_)}: arguments cannot be read: {error}"
+                return [*found, CallProblem("json", text)]
         if name in self._validators:
             lines = self.problems(name, arguments)
             found += [CallProblem("schema", f"call {quoted(id_)}: {line}") for line in lines]
@@ -140,7 +158,7 @@ def check_calls(
         ids: look at form and count of ids too, which prompts and training data rename.
 
     Raises:
-        ValueError: a declaration is malformed.
+        ValueError: a declaration has no name, or one of another.
     """
     schemas = _schemas(json.dumps(tools))
     found = []
@@ -154,7 +172,7 @@ def check_calls(
 
 @lru_cache(maxsize=64)  # a data set has few sets of tools, and reading one takes milliseconds
 def _schemas(tools: str) -> ToolSchemas:
-    return ToolSchemas(json.loads(tools))
+    return ToolSchemas(json.loads(tools), strict=False)
 
 
 @dataclass

@@ -181,7 +181,7 @@ def _harness(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        found = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        found = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except OSError as error:
         raise ValueError(f"--dialogues {path}: {error.strerror}") from error
     if not found:

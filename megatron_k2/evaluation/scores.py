@@ -17,12 +17,15 @@ def text_of(said: Said) -> str:
     return str(said.message.get("content") or "")
 
 
+UNGROUPED = "ungrouped"
+
+
 def exact_score(tasks: Sequence[Task], answers: Sequence[Sequence[Said]]) -> dict[str, Any]:
     """Return the share of right answers, of all tasks and of each group.
 
-    Each has ``accuracy``, ``interval`` (95 %: Wilson's for one sample a task, the bootstrap over
-    tasks for more), ``tasks``, ``errors`` (answers that the server refused, left out) and, with
-    several samples, ``any_right``.
+    Tasks without a group are ``ungrouped`` beside others. Each has ``accuracy``, ``interval``
+    (95 %: Wilson's for one sample a task, the bootstrap over tasks for more), ``tasks``, ``errors``
+    (answers that the server refused, left out) and, with several samples, ``any_right``.
     """
     right = [
         [is_right(task, text_of(one)) for one in said if not one.error]
@@ -33,7 +36,9 @@ def exact_score(tasks: Sequence[Task], answers: Sequence[Sequence[Said]]) -> dic
     if len(groups) > 1:
         for group in groups:
             chosen = [at for at, task in enumerate(tasks) if task.group == group]
-            report[group] = _share([right[at] for at in chosen], [answers[at] for at in chosen])
+            report[group or UNGROUPED] = _share(
+                [right[at] for at in chosen], [answers[at] for at in chosen]
+            )
     return report
 
 
@@ -82,7 +87,7 @@ def call_score(
             continue
         finish[said.finish_reason] += 1
         before = sum(len(one.get("tool_calls") or ()) for one in messages)
-        score.add(check_message(said.message, ToolSchemas(tools), before), reference)
+        score.add(check_message(said.message, ToolSchemas(tools, strict=False), before), reference)
     return {
         "answers": score.num_answers,
         "errors": finish["error"],

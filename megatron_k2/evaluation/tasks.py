@@ -103,7 +103,7 @@ def read_tasks(path: Path, match: str = "exact") -> list[Task]:
     """
     tasks: dict[str, Task] = {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise ValueError(f"--tasks {path}: {error.strerror}") from error
     for number, line in enumerate(lines, 1):
@@ -140,7 +140,9 @@ def _task(row: Any, line: str, match: str) -> Task:
     elif rule == "number" and any(_number(answer) is None for answer in answers):
         raise ValueError(f"answer {answers} has no number in it")
     name = hashlib.blake2b(line.encode(), digest_size=8).hexdigest()
-    group = str(row.get("group", "all"))
+    group = str(row.get("group", ""))
+    if group in ("all", "ungrouped"):
+        raise ValueError(f"group {group!r}: the report uses that name itself")
     return Task(str(row.get("id", name)), dialogue.messages, dialogue.tools, answers, rule, group)
 
 

@@ -159,7 +159,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
         ValueError: it cannot be read, or a row lacks a field.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
         rows = [json.loads(line) for line in lines if line.strip()]
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error

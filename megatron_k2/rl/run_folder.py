@@ -35,7 +35,7 @@ class RunFolder:
         """Drop the figures of a step and later ones: they come again."""
         if not self._writes or not (path := self._file(METRICS)).is_file():
             return
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
         kept = [line for line in lines if _is_before(line, step)]
         _publish(path, "".join(f"{line}\n" for line in kept))
 

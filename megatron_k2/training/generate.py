@@ -166,7 +166,10 @@ class Terminal:
         print(_text(reader.finish()[0]), flush=True)
 
     async def chat(self, chat_format: ChatFormat, lines: Iterator[str]) -> None:
-        """Answer each line until there are no more, or /quit."""
+        """Answer each line until there are no more, or /quit.
+
+        A line that the context has no room for is not taken, and said so.
+        """
         start = [dict(role="system", content=self._args.system)] if self._args.system else []
         messages: list[dict[str, Any]] = list(start)
         for line in lines:
@@ -175,8 +178,14 @@ class Terminal:
             if line.strip() == "/reset":
                 messages = list(start)
                 continue
-            messages.append(dict(role="user", content=line.rstrip("\n")))
-            messages.append(await self._answer(chat_format, messages))
+            asked = [*messages, dict(role="user", content=line.rstrip("\n"))]
+            if len(chat_format.encode(asked)) >= self._engine.max_context:
+                most = self._engine.max_context
+                print(
+                    f"(the context of {most} tokens is full: /reset begins anew)", file=sys.stderr
+                )
+                continue
+            messages = [*asked, await self._answer(chat_format, asked)]
 
     async def _answer(
         self, chat_format: ChatFormat, messages: list[dict[str, Any]]

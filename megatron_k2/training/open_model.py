@@ -33,6 +33,7 @@ _RUN_ONLY = frozenset(
 """Fields of a preset that say how to train, or on what, and not what the model is."""
 _BESIDE_PRESETS = (
     *("tokenizer_type", "tokenizer_model", "qk_layernorm", "kv_channels", "rotary_percent"),
+    "add_position_embedding",  # what comes from Hugging Face has none
     *("k2_lora_rank", "k2_lora_alpha", "k2_lora_targets", "k2_lora_seed", "num_query_groups"),
     *("group_query_attention", "moe_layer_recompute", "rotary_interleaved", "bf16", "fp16"),
 )

@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_k2.chat.format import AnswerParser, ChatFormat
 from megatron_k2.chat.plain_text import PlainParser
+from megatron_k2.chat.schema import ToolSchemas
 from megatron_k2.engine.base import Sampling
 from megatron_k2.engine.server.errors import ApiError
 from megatron_k2.engine.server.fields import Fields, is_ids, wrong
@@ -81,9 +82,14 @@ def read_chat(fields: Fields, chat_format: ChatFormat, max_context: int) -> Ask:
         ApiError: it cannot be answered.
     """
     messages = _objects(fields, "messages")
+    _check_messages(messages)
     tools = _objects(fields, "tools", may_be_empty=True)
     for tool in tools:
         _check_tool(tool)
+    try:
+        ToolSchemas(tools)
+    except ValueError as error:
+        raise ApiError(400, f"tools: {error}", "tools") from error
     choice = fields.take("tool_choice", "auto")
     if choice not in ("auto", "none"):
         raise ApiError(
@@ -107,6 +113,24 @@ def read_chat(fields: Fields, chat_format: ChatFormat, max_context: int) -> Ask:
     most = fields.integer("max_tokens", 1, max_context, most)
     ask = _rest(fields, [prompt], most, log_probs, top, chat_format, max_context)
     return replace(ask, messages=messages, tools=shown or None)
+
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+def _check_messages(messages: list[dict[str, Any]]) -> None:
+    """Refuse what a template would render without complaint and no model has learned."""
+    for at, message in enumerate(messages):
+        role = message.get("role")
+        if role not in ROLES:
+            raise wrong(f"messages[{at}].role", role, f"one of {', '.join(ROLES)}", "messages")
+        says_nothing = message.get("content") is None and not message.get("tool_calls")
+        try:
+            str(message.get("content") or "").encode()
+        except UnicodeEncodeError as error:
+            raise ApiError(400, f"messages[{at}].content is no Unicode text", "messages") from error
+        if says_nothing and not (role == "assistant" and message.get("reasoning_content")):
+            raise ApiError(400, f"messages[{at}].content is missing", "messages")
 
 
 def read_completion(fields: Fields, chat_format: ChatFormat, max_context: int) -> Ask:
@@ -201,7 +225,8 @@ def _stream_options(fields: Fields, stream: bool) -> bool:
     options = fields.take("stream_options")
     if options is None:
         return False
-    if not isinstance(options, dict) or not isinstance(options.get("include_usage", False), bool):
+    known = isinstance(options, dict) and set(options) <= {"include_usage"}
+    if not known or not isinstance(options.get("include_usage", False), bool):
         raise wrong("stream_options", options, 'an object such as {"include_usage": true}')
     if not stream:
         raise ApiError(400, "stream_options needs stream true", "stream_options")
@@ -222,8 +247,9 @@ def _check_tool(tool: dict[str, Any]) -> None:
     function = tool.get("function")
     if tool.get("type") != "function" or not isinstance(function, dict):
         raise wrong("tools", tool, 'objects of type "function" with a function')
-    if not isinstance(function.get("name"), str) or not function["name"]:
-        raise wrong("tools", tool, "a name in each function")
+    name = function.get("name")
+    if not isinstance(name, str) or not name or any(mark.isspace() for mark in name):
+        raise wrong("tools", tool, "a name without spaces in each function")
     if not isinstance(function.get("parameters", {}), dict):
         raise wrong("tools", tool, "a schema as parameters of each function")
 

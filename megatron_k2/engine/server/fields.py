@@ -6,13 +6,13 @@ client gets; null is the same as a field left out.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from typing import Any
 
 from megatron_k2.engine.server.errors import ApiError
 
 _ABSENT = object()
+MOST_ID = 1 << 31  # beyond every vocabulary
 
 
 class Fields:
@@ -64,7 +64,7 @@ class Fields:
         value = self.take(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise wrong(name, value, f"a number from {least:g} to {most:g}")
-        if not math.isfinite(value) or not least <= value <= most:
+        if not least <= value <= most:  # false for NaN
             raise wrong(name, value, f"a number from {least:g} to {most:g}")
         return float(value)
 
@@ -81,7 +81,7 @@ class Fields:
     def ids(self, name: str) -> tuple[int, ...]:
         """Return a field that is a list of token ids."""
         value = self.take(name, [])
-        if not is_ids(value):
+        if not is_ids(value) or max(value, default=0) >= MOST_ID:
             raise wrong(name, value, "a list of token ids")
         return tuple(value)
 
@@ -94,7 +94,8 @@ class Fields:
             why: the server does not do what others ask.
         """
         value = self.take(name, _ABSENT)
-        if value is not _ABSENT and value not in allowed:
+        kinds = {type(one) is bool for one in allowed}
+        if value is not _ABSENT and (value not in allowed or (type(value) is bool) not in kinds):
             raise ApiError(400, f"{name} {_shown(value)}: {why}", name, "unsupported")
 
     def end(self, ignored: Collection[str]) -> None:
@@ -115,11 +116,14 @@ def is_ids(value: Any) -> bool:
     )
 
 
-def wrong(name: str, value: Any, wanted: str) -> ApiError:
-    """Return the error of a field of a wrong value."""
-    return ApiError(400, f"{name} {_shown(value)}: wanted {wanted}", name)
+def wrong(name: str, value: Any, wanted: str, field: str = "") -> ApiError:
+    """Return the error of a field of a wrong value; ``field`` where ``name`` is a place in one."""
+    return ApiError(400, f"{name} {_shown(value)}: wanted {wanted}", field or name)
 
 
 def _shown(value: Any) -> str:
-    shown = repr(value)
+    try:
+        shown = repr(value)
+    except ValueError:  # more digits than Python writes
+        return "a number of thousands of digits"
     return shown if len(shown) <= 60 else shown[:57] + "..."

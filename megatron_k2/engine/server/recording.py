@@ -88,7 +88,7 @@ def read_records(path: Path) -> dict[str, dict[str, Any]]:
         ValueError: the file cannot be read.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
         values = [json.loads(line) for line in lines if line.strip()]
         return {value["request"]: value["answer"] for value in values if "request" in value}
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -36,7 +36,7 @@ def read_tasks(path: Path, env: str) -> list[Task]:
         if path.suffix == ".toml":
             values = tomllib.loads(text)["task"]
         else:
-            values = [json.loads(line) for line in text.splitlines() if line.strip()]
+            values = [json.loads(line) for line in text.split("\n") if line.strip()]
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     return as_tasks(values, env, str(path))

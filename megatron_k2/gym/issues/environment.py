@@ -82,7 +82,7 @@ def load_tasks(env: str, split: str, num_tasks: int | None, file: str, ask: Any)
         )
     path, rows = Path(file), []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read ({error})") from error
     for number, line in enumerate(lines, 1):

@@ -96,7 +96,7 @@ def read_attacks(path: Path) -> list[Attack]:
         ValueError: it cannot be read, or an attack has no rubric, nor its category.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
         found = [Attack(**json.loads(line)) for line in lines if line.strip()]
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error

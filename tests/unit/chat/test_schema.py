@@ -81,6 +81,21 @@ def test_malformed_declarations_are_refused(tools: list, error: str) -> None:
         ToolSchemas(tools)
 
 
+def test_data_from_elsewhere_has_its_odd_schemas_counted_with_the_calls() -> None:
+    odd = {"type": "dict", "properties": {"a": {"type": "float"}}}
+    tools = [{"function": {"name": "f", "parameters": odd}}, TOOLS[0]]
+    made = {"role": "assistant", "tool_calls": [call('{"a": 1}', "f", "functions.f:0")]}
+    assert check_calls([{"role": "user", "content": "x"}], tools) == []
+    (problem,) = check_calls([made], tools)
+    assert problem.kind == "schema" and "no JSON schema" in problem.text
+
+
+def test_a_number_of_thousands_of_digits_is_a_problem_not_a_crash() -> None:
+    made = call('{"query": ' + "9" * 10_000 + "}", "search")
+    (problem,) = check_message({"tool_calls": [made]}, ToolSchemas(TOOLS))[0]
+    assert problem.kind in ("json", "schema")
+
+
 def test_references_stay_inside_the_schema(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_args, **_kwargs):
         raise AssertionError("fetched")

@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_k2.evaluation.asking import Said
 from megatron_k2.evaluation.command import evaluate
 from megatron_k2.evaluation.harness import with_intervals
 from megatron_k2.evaluation.intervals import bootstrap_mean, wilson
+from megatron_k2.evaluation.scores import exact_score
 from megatron_k2.evaluation.tasks import RULES, read_tasks
 
 TOOL = {
@@ -186,6 +188,22 @@ def test_a_run_goes_on_where_the_server_went_away_and_asks_nothing_twice(tmp_pat
         assert server.asked == Counter(q0=1, q1=1, q2=1, q3=1, q4=2, q5=1)
         with pytest.raises(ValueError, match="asked in another way"):
             run("exact", server, tmp_path / "out", *flags, "--max-tokens", "7")
+
+
+def test_tasks_without_a_group_do_not_take_the_place_of_all(tmp_path: Path) -> None:
+    path = tmp_path / "tasks.jsonl"
+    rows = [{"prompt": f"p{n}\u2028", "answer": "a", "group": "g"} for n in range(3)]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[:3]))
+    with path.open("a") as file:
+        file.write(json.dumps({"prompt": "alone", "answer": "a"}) + "\n")
+    tasks = read_tasks(path)
+    said = [[Said({"content": "a"}, "stop", 1)]] * 3 + [[Said({"content": "b"}, "stop", 1)]]
+    report = exact_score(tasks, said)
+    assert report["all"]["tasks"] == 4 and report["all"]["accuracy"] == 0.75
+    assert report["ungrouped"]["accuracy"] == 0.0 and report["g"]["tasks"] == 3
+    path.write_text('{"prompt": "p", "answer": "a", "group": "all"}\n')
+    with pytest.raises(ValueError, match="group 'all'"):
+        read_tasks(path)
 
 
 def test_samples_have_seeds_of_their_own_and_an_interval_over_tasks(tmp_path: Path) -> None:

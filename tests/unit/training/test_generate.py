@@ -12,6 +12,7 @@ import pytest
 from megatron_k2.engine.base import Piece, Request
 from megatron_k2.training.generate import Terminal, main, parser
 from megatron_k2.training.open_model import _found_again
+from tests.unit.engine.scripted_engine import ByteFormat
 
 
 def decode(ids: list[int]) -> str:
@@ -44,6 +45,21 @@ def test_a_continuation_follows_its_prompt_and_leaves_the_end_mark_out(
     assert capsys.readouterr().out == "so naïve\n"
     (request,) = engine.asked
     assert (request.prompt, request.sampling.seed) == (tuple(b"so"), 4)
+
+
+def test_a_full_context_is_said_and_the_dialogue_goes_on_after_reset(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    engine: Any = Scripted("ok", eod=0)
+    engine.max_context = 40
+    args = parser().parse_args(["--load", "x", "--chat"])
+    opened: Any = SimpleNamespace(tokenizer=None)
+    lines = iter(["hello", "x" * 60, "again", "/reset", "new"])
+    asyncio.run(Terminal(engine, opened, args).chat(ByteFormat(), lines))
+    printed = capsys.readouterr()
+    assert printed.out.count("ok") == len(engine.asked) == 3
+    assert "context of 40 tokens is full: /reset" in printed.err
+    assert not any(b"xx" in bytes(one.prompt) for one in engine.asked)
 
 
 @pytest.mark.parametrize(
