@@ -3,6 +3,8 @@
 SHELL := /bin/bash
 PYTHON_VENV := .venv/bin/python
 export PYTHON
+# Set-up leaves compiling to the first import; without its result every process would compile anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup pretrain recipe-nano test test-te test-vllm evidence bench format lint docs-check clean
 
