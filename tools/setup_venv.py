@@ -116,8 +116,10 @@ def _install() -> bool:
 
 def _run(command: list[str], log: object) -> int:
     """Run a command, saying every half minute that it still runs; returns its exit status."""
-    # A PYTHONPATH or pip target of the caller's would put packages elsewhere than in .venv.
+    # A PYTHONPATH or pip target of the caller's would put packages elsewhere than in .venv, and
+    # what the check imports may as well stay compiled.
     drop = ("PYTHONPATH", "PYTHONHOME", "PIP_TARGET", "PIP_PREFIX", "PIP_USER")
+    drop = (*drop, "PYTHONDONTWRITEBYTECODE")
     environment = {name: value for name, value in os.environ.items() if name not in drop}
     start_s = time.monotonic()
     process = subprocess.Popen(
