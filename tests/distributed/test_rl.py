@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.distributed.matrix import evidence_apart
 from tests.distributed.rl_environment import NAME
 from tests.distributed.trainings import RUNNER, Training, zygote
 from tests.unit.chat.kimi_files import write_tokenizer
@@ -102,7 +103,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", evidence_apart(LAYOUTS, ["EP2", "DP2, two engines"]))
 def test_every_layout_rolls_out_and_trains_alike(
     files: dict[str, Path], plain: list[dict[str, Any]], tmp_path: Path, layout: str
 ) -> None:
@@ -114,6 +115,7 @@ def test_every_layout_rolls_out_and_trains_alike(
             assert one[name] == pytest.approx(wanted[name], rel=SAME, abs=1e-7), (layout, name)
 
 
+@pytest.mark.evidence
 def test_adapters_alone_are_trained_and_reach_the_engine(
     files: dict[str, Path], plain: list[dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -158,6 +160,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
     assert comparable(found) == comparable(plain)
 
 
+@pytest.mark.evidence
 def test_partial_rollout_trains_tokens_of_several_versions_and_can_be_killed(
     files: dict[str, Path], tmp_path: Path
 ) -> None:
