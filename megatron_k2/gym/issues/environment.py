@@ -86,6 +86,8 @@ def load_tasks(env: str, split: str, num_tasks: int | None, file: str, ask: Any)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read ({error})") from error
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         row = json.loads(line)
         missing = [name for name in _NEEDED if name not in row]
         if missing:
