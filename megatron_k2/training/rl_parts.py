@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,46 +75,76 @@ def make_trainer(
         threads=run.rollout.threads,
     )
     folder = Path(args.save) if args.save else None
-    rollouts = asking = episodes = None
-    services = make_services(run, args) if engine.is_leader else Services()
+    players = Players()
     if engine.is_leader:
-        settings = rollout_settings(run, engine.copy, engine.num_copies)
-        place = None if folder is None else folder / "rl" / f"rollouts_{engine.copy}"
-        if place is not None:
-            place.mkdir(parents=True, exist_ok=True)
-        buffer = Buffer()
-        if place is not None:
-            buffer = FileBuffer(place, chat_format, settings, run=_digest(run))
-        episodes = None if place is None else EpisodeLog(place, run.episodes_shown)
-        rollouts = Rollouts(engine.engine, chat_format, services, settings, buffer)
-        alone = replace(settings, group_size=1)
-        asking = Rollouts(engine.engine, chat_format, services, alone)
+        players = _players(run, engine, chat_format, make_services(run, args), folder)
     if run.rollout.max_lag and run.rollout.groups % engine.num_copies:
         raise UsageError(
             f"--k2-rl-run: [rollout] groups {run.rollout.groups} must be a multiple of the "
             f"{engine.num_copies} engines, with max_lag"
         )
-    sources = [source_of(one, run) for one in run.environments]
     parts = Parts(
         engine,
-        rollouts,
-        TaskSampler(
-            sources,
-            run.seed + (engine.copy if run.rollout.max_lag else 0),
-            "failures" if run.priority == "failures" else "uniform",
-            None if run.curriculum == Schedule(1.0, 1.0) else run.curriculum,
-        ),
+        players.rollouts,
+        _sampler(run, engine.copy),
         run_critic(run, engine, chat_format),
         Updater(args, chunks, optimizer, scheduler, groups, run.objective),
-        Evaluator(asking, held_out(run)) if run.evaluation.every else None,
+        Evaluator(players.asking, held_out(run)) if run.evaluation.every else None,
         PtxRows(run.ptx.data, run.ptx.rows, args.seq_length, run.seed) if run.ptx.data else None,
         RunFolder(folder, torch.distributed.get_rank() == 0, get_tensorboard_writer()),
-        episodes,
+        players.episodes,
         save,
         args.seq_length,
         groups,
     )
     return Trainer(run, parts, first)
+
+
+@dataclass(frozen=True)
+class Players:
+    """What plays episodes, on the leader of an engine; elsewhere nothing does.
+
+    Attributes:
+        rollouts: of training.
+        asking: of evaluation, groups of one.
+        episodes: where episodes are written, with ``--save``.
+    """
+
+    rollouts: Rollouts | None = None
+    asking: Rollouts | None = None
+    episodes: EpisodeLog | None = None
+
+
+def _players(
+    run: Run,
+    engine: ColocatedEngine,
+    chat_format: KimiFormat,
+    services: Services,
+    folder: Path | None,
+) -> Players:
+    settings = rollout_settings(run, engine.copy, engine.num_copies)
+    buffer, episodes = Buffer(), None
+    if folder is not None:
+        place = folder / "rl" / f"rollouts_{engine.copy}"
+        place.mkdir(parents=True, exist_ok=True)
+        buffer = FileBuffer(place, chat_format, settings, run=_digest(run))
+        episodes = EpisodeLog(place, run.episodes_shown)
+    alone = replace(settings, group_size=1)
+    return Players(
+        Rollouts(engine.engine, chat_format, services, settings, buffer),
+        Rollouts(engine.engine, chat_format, services, alone),
+        episodes,
+    )
+
+
+def _sampler(run: Run, copy: int) -> TaskSampler:
+    """Return the sampler of prompts: one for all engines, or with ``max_lag`` each its own."""
+    return TaskSampler(
+        [source_of(one, run) for one in run.environments],
+        run.seed + (copy if run.rollout.max_lag else 0),
+        "failures" if run.priority == "failures" else "uniform",
+        None if run.curriculum == Schedule(1.0, 1.0) else run.curriculum,
+    )
 
 
 def _digest(run: Run) -> str:
