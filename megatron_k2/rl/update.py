@@ -18,6 +18,9 @@ from megatron_k2.rl.batch_loss import Batch, ForwardStep, rows_of_rank
 from megatron_k2.rl.routes import replay
 from megatron_k2.rl.run_tables import Objective
 
+MOMENTS = frozenset({"momentum_buffer", "exp_avg", "exp_avg_sq", "step"})
+"""What an optimizer's state remembers of gradients; it may hold master weights beside."""
+
 
 @dataclass(frozen=True)
 class Update:
@@ -82,6 +85,11 @@ class Updater:
                 raise UsageError(
                     f"{flag}: not with RL, whose engine reads the weights between steps"
                 )
+        if rules.reset_optimizer and getattr(args, "k2_optimizer_offload", "none") != "none":
+            raise UsageError(
+                f"--k2-optimizer-offload {args.k2_optimizer_offload}: [objective] reset_optimizer "
+                "needs the moments in the device's memory"
+            )
         self._args, self._chunks, self._optimizer = args, chunks, optimizer
         self._scheduler = _OncePerUpdate(scheduler, args.global_batch_size)
         self._groups, self._rules = groups, rules
@@ -147,13 +155,25 @@ class Updater:
         )
 
     def reset_optimizer(self) -> None:
-        """Set momenta, second moments and step counts to zero, in place."""
-        for state in _states(self._optimizer):
-            for name, value in state.items():
-                if isinstance(value, torch.Tensor):
-                    value.zero_()
-                elif name == "step":
-                    state[name] = 0
+        """Forget the gradients of earlier iterations; see ``reset_moments_``."""
+        reset_moments_(self._optimizer)
+
+
+def reset_moments_(optimizer: Any) -> None:
+    """Set momenta, second moments and step counts to zero, in place; weights stay.
+
+    Args:
+        optimizer: Megatron's, chained or not.
+    """
+    for group in optimizer.param_groups:
+        if "step" in group:
+            group["step"] = 0
+    for state in _states(optimizer):
+        for name in MOMENTS & state.keys():
+            if isinstance(state[name], torch.Tensor):
+                state[name].zero_()
+            else:
+                state[name] = 0
 
 
 def set_num_microbatches(number: int, args: Any, dp_size: int) -> None:

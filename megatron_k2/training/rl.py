@@ -78,6 +78,11 @@ def check_rl_args(args: Any) -> None:
             "--pipeline-model-parallel-size: the local engine holds all layers on a rank; use "
             "tensor, expert or data parallelism"
         )
+    if args.context_parallel_size > 1:
+        raise UsageError(
+            f"--context-parallel-size {args.context_parallel_size}: the local engine holds whole "
+            "sequences on a rank; use tensor, expert or data parallelism"
+        )
     if args.lr is None:
         raise UsageError("no learning rate: give --lr")
 

@@ -9,9 +9,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.distributed.matrix import evidence_apart
+from tests.distributed.pool import Pool
 from tests.distributed.rl_environment import NAME
 from tests.distributed.trainings import RUNNER, Training, zygote
 from tests.unit.chat.kimi_files import write_tokenizer
@@ -138,6 +140,18 @@ def test_the_policy_ranks_open_answers_of_the_same_batch(
     for one in found:
         assert one["num_unjudged"] == 0 and one["critic"]["asked"] > 0
         assert 0 < one["score_by_env"]["open_ranked"] < 1
+
+
+def test_sums_of_a_sequence_reach_over_context_parallel_ranks(pool: Pool) -> None:
+    """The engine refuses CP, so the runner does; the loss itself is right there too."""
+    job = "tests.distributed.rl_job:loss_and_gradients"
+    (whole,) = pool.run(job, 1, layout=dict(context_parallel_size=1), kwargs=dict(cp=1))
+    for found in pool.run(job, 2, layout=dict(context_parallel_size=2), kwargs=dict(cp=2)):
+        assert found["sums"] == pytest.approx(whole["sums"], rel=1e-5, abs=1e-6)
+        assert found["gradients"].keys() == whole["gradients"].keys()
+        for name, gradient in whole["gradients"].items():
+            apart = np.linalg.norm(found["gradients"][name] - gradient)
+            assert apart <= SAME / 2 * np.linalg.norm(gradient), name
 
 
 def comparable(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
