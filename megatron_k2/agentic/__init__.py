@@ -1,0 +1,1 @@
+"""Agentic data: tools, agents and tasks with rubrics, trajectories, judging; see README.md."""
