@@ -11,10 +11,11 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -104,20 +105,18 @@ def make_unit(folder: Path, job: Job, encoder: DialogueEncoder, unit: Unit) -> i
             lengths.append(len(one.ids))
             hashes.append(digest)
             notes += one.notes
-    _save(unit_path(folder, unit.number, "tokens"), _joined(ids, np.int32))
-    _save(unit_path(folder, unit.number, "learned"), _joined(learned, np.uint8))
+    for part, array in (
+        ("tokens", _joined(ids, np.int32)),
+        ("learned", _joined(learned, np.uint8)),
+    ):
+        _publish(unit_path(folder, unit.number, part), partial(np.save, arr=array))
     index = {
         "lengths": np.array(lengths, dtype=np.int64),
         "hashes": np.array(hashes, dtype=np.uint64),
         "notes": np.frombuffer(json.dumps(notes).encode(), dtype=np.uint8),
     }
-    path = unit_path(folder, unit.number, "index")
-    partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
-        np.savez(file, **index)  # type: ignore[arg-type]
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    save = partial(np.savez, **index)  # type: ignore[arg-type]
+    _publish(unit_path(folder, unit.number, "index"), save)
     return len(lengths)
 
 
@@ -172,8 +171,11 @@ def _joined(pieces: list[np.ndarray], dtype: type) -> np.ndarray:
     return np.concatenate(pieces) if pieces else np.empty(0, dtype=dtype)
 
 
-def _save(path: Path, array: np.ndarray) -> None:
-    with open(path, "wb") as file:
-        np.save(file, array)
+def _publish(path: Path, save: Callable[[BinaryIO], None]) -> None:
+    """Write a file whole; a worker that outlives a killed run never changes one that is mapped."""
+    mine = path.with_suffix(f".{os.getpid()}")
+    with open(mine, "wb") as file:
+        save(file)
         file.flush()
         os.fsync(file.fileno())
+    os.replace(mine, path)

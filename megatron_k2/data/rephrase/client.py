@@ -13,13 +13,14 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import itertools
+import json
 import math
 import os
 import random
 import ssl
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,13 +52,17 @@ class ServerGone(RuntimeError):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A model behind an address; `key` is sent and never stored."""
+    """A model behind an address; `key` is sent and never stored.
+
+    `flags` are what errors name: of the key, of the model, of the address.
+    """
 
     url: str
     model: str
     key: str = ""
     timeout_s: float = 300.0
     extra: dict[str, Any] = field(default_factory=dict)
+    flags: tuple[str, str, str] = ("--api-key-env", "--server or --model", "--server")
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,7 @@ class Answer:
     prompt_tokens: int
     completion_tokens: int
     thought: bool  # thoughts before it were cut off
+    message: dict[str, Any] = field(default_factory=dict)  # role, content, tool_calls if any
 
 
 class Client:
@@ -118,23 +124,39 @@ class Client:
             ServerGone: no request gets an answer.
             ValueError: wrong address, key or model.
         """
-        body = {
-            "model": self.endpoint.model,
-            "messages": list(messages),
-            "temperature": sampler.temperature,
-            "top_p": sampler.top_p,
-            "max_tokens": sampler.max_tokens,
-            "seed": seed,
-            **self.endpoint.extra,
-        }
-        prompt = sum(estimate_tokens(m["content"]) + MESSAGE_TOKENS for m in messages)
-        reply = await self._post("chat/completions", body, prompt, sampler.max_tokens)
+        return await self.complete(
+            {
+                "messages": list(messages),
+                "temperature": sampler.temperature,
+                "top_p": sampler.top_p,
+                "max_tokens": sampler.max_tokens,
+                "seed": seed,
+            }
+        )
+
+    async def complete(self, fields: Mapping[str, Any]) -> Answer:
+        """Return the model's answer to the fields of a request, `tools` may be among them.
+
+        Args:
+            fields: of /chat/completions, `messages` and `max_tokens` at least; the model's name
+                and the endpoint's own fields are added.
+
+        Raises:
+            ChunkRefused, BudgetSpent, ServerGone, ValueError: as `chat`.
+        """
+        prompt = sum(map(_message_tokens, fields["messages"]))
+        if fields.get("tools"):
+            prompt += estimate_tokens(json.dumps(fields["tools"]))
+        body = {"model": self.endpoint.model, **fields, **self.endpoint.extra}
+        reply = await self._post("chat/completions", body, prompt, fields["max_tokens"])
+        calls = json.dumps(reply.message["tool_calls"]) if "tool_calls" in reply.message else ""
         return Answer(
             reply.text,
             reply.finish_reason,
             reply.usage.get("prompt_tokens", prompt),
-            reply.usage.get("completion_tokens", estimate_tokens(reply.text)),
+            reply.usage.get("completion_tokens", estimate_tokens(reply.text + calls)),
             reply.thought,
+            reply.message,
         )
 
     async def embed(self, texts: list[str]) -> list[list[float]]:
@@ -216,11 +238,11 @@ class Client:
             kind = f"status {response.status_code}"
             self.troubles[kind] += 1
             return ChunkRefused(f"{kind}: {said}")
-        flag = {401: "--api-key-env", 403: "--api-key-env", 404: "--server or --model"}
+        key, model, address = self.endpoint.flags
+        flag = {401: key, 403: key, 404: model}.get(response.status_code, address)
         return self._stop(
             ValueError(
-                f"{response.request.url}: status {response.status_code} {said}; check "
-                f"{flag.get(response.status_code, '--server')}"
+                f"{response.request.url}: status {response.status_code} {said}; check {flag}"
             )
         )
 
@@ -253,6 +275,14 @@ def retry_after(value: str | None, now_s: float | None = None) -> float:
 def key_from(name: str) -> str:
     """Return the key that an environment variable holds, "" where there is none."""
     return os.environ.get(name, "")
+
+
+def _message_tokens(message: Mapping[str, Any]) -> int:
+    """Estimate the tokens of a message of a prompt, its tool calls included."""
+    content = message.get("content") or ""
+    text = content if isinstance(content, str) else json.dumps(content)
+    calls = json.dumps(message["tool_calls"]) if message.get("tool_calls") else ""
+    return estimate_tokens(text) + (estimate_tokens(calls) if calls else 0) + MESSAGE_TOKENS
 
 
 def _readable(response: httpx.Response, body: dict[str, Any]) -> Reply | None:

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from megatron_k2.compat import optional
 from megatron_k2.data.rephrase.gate import Budget
@@ -51,8 +51,20 @@ class PartWorker:
             await run.close()
 
 
+class Sized(Protocol):
+    """A part of a run, and how much there is to do in it."""
+
+    @property
+    def index(self) -> int:
+        """Its number."""
+
+    @property
+    def num_documents(self) -> int:
+        """What its share of a budget follows."""
+
+
 def shares(
-    flag: str, total: int | None, spent: dict[int, int], wanted: Sequence[Part]
+    flag: str, total: int | None, spent: dict[int, int], wanted: Sequence[Sized]
 ) -> dict[int, int | None]:
     """Return what each unfinished part may have spent in the end; together the total.
 

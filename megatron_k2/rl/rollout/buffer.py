@@ -11,6 +11,7 @@ Lines carry checksums (``journal``). One process has a folder at a time.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from megatron_k2.rl.rollout.settings import RolloutSettings
 IDENTITY = ("seed", "group_size", "copy", "num_copies")
 LAYOUT = 1  # raise with any change of the lines
 OPEN, TEMPORARY = "open.jsonl", "new.jsonl"
+TO_DISK_EVERY_S = 1.0  # what a power failure, no kill, takes of groups that are complete
 
 
 @dataclass
@@ -122,6 +124,7 @@ class FileBuffer(Buffer):
             self._lines.close()
             raise
         self._lines.before.clear()
+        self._on_disk_at = time.monotonic()
 
     def start(self, number: int) -> list[OpenGroup]:
         """Return the open groups.
@@ -163,8 +166,10 @@ class FileBuffer(Buffer):
 
     def over(self, group: OpenGroup, index: int) -> None:
         """Keep an episode that is over, or begun anew."""
-        # The last of a group waits for the disk: what a power failure takes is then less than that.
-        self._lines.append(episode_line(group, index), to_disk=group.is_complete)
+        due = group.is_complete and time.monotonic() - self._on_disk_at >= TO_DISK_EVERY_S
+        self._lines.append(episode_line(group, index), to_disk=due)
+        if due:
+            self._on_disk_at = time.monotonic()
 
     def dropped(self, group: OpenGroup) -> None:
         """Forget a group."""

@@ -19,6 +19,8 @@ from megatron_k2.chat.kimi import KimiFormat
 from megatron_k2.data.dialogues.command import preprocess
 from megatron_k2.data.dialogues.encode import DialogueEncoder, Encoded, Options
 from megatron_k2.data.dialogues.packing import pack
+from megatron_k2.data.dialogues.units import Job, make_unit, unit_path
+from megatron_k2.data.preprocess.sources import find_sources
 from tests.unit.chat.kimi_files import write_thinking_tokenizer, write_tokenizer
 
 TOOL = Path(__file__).resolve().parents[4] / "tools" / "preprocess_sft.py"
@@ -236,6 +238,25 @@ def test_workers_packing_of_files_and_kills_change_no_byte(tokenizer: Path, tmp_
         for file in wanted.keys() - {".json"}:
             assert found[file] == wanted[file], (name, file)
         assert json.loads(found[".json"])["notes"] == json.loads(wanted[".json"])["notes"]
+
+
+def test_a_unit_that_is_made_again_leaves_the_files_that_are_mapped_alone(
+    tokenizer: Path, tmp_path: Path
+) -> None:
+    # A killed run's worker finishes its unit beside the run that took over and has it mapped:
+    # a file that shrinks under a map ends the process with SIGBUS.
+    writer = encoder(tokenizer, seq_length=256)
+    job = Job(find_sources([str(corpus(tmp_path / "in.jsonl", 20))]), writer.options)
+    [unit] = job.units()
+    make_unit(tmp_path, job, writer, unit)
+    paths = [unit_path(tmp_path, 0, part) for part in ("tokens", "learned", "index")]
+    before = [(path.stat().st_ino, path.read_bytes()) for path in paths]
+    mapped = [np.load(path, mmap_mode="r") for path in paths[:2]]
+    make_unit(tmp_path, job, writer, unit)
+    for path, (inode, content) in zip(paths, before, strict=True):
+        assert path.stat().st_ino != inode
+        assert path.read_bytes() == content
+    assert mapped[0].tobytes() == np.load(paths[0]).tobytes()
 
 
 def test_sharegpt_and_parquet_give_the_same_rows(tokenizer: Path, tmp_path: Path) -> None:
