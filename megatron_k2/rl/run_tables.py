@@ -150,6 +150,12 @@ class CriticRules:
         tasks: ``critic_pairs`` tasks a step from the policy's verified answers; 0: no closed loop.
         pairs_per_task: asked in one answer, all of which must be right.
         max_tokens: of a critic's answer.
+        watch: JSONL of ``{"question", "first", "second"}``: the policy's verdicts on them are
+            compared with a frozen judge's (``--k2-rl-judge-url``, else the policy's own at the
+            run's first step); empty: nobody watches.
+        watch_every: steps.
+        watch_least: share of agreement below which, 95 % interval and all, the critic diverged.
+        watch_stops: a critic that diverged ends the run, instead of being logged.
     """
 
     rubrics: tuple[str, ...] = ("core", "prescriptive")
@@ -157,12 +163,18 @@ class CriticRules:
     tasks: int = 0
     pairs_per_task: int = 3
     max_tokens: int = 512
+    watch: str = ""
+    watch_every: int = 25
+    watch_least: float = 0.6
+    watch_stops: bool = False
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         _least("tasks", self.tasks, 0)
-        _least("pairs_per_task", self.pairs_per_task, 1)
-        _least("max_tokens", self.max_tokens, 1)
+        for name in ("pairs_per_task", "max_tokens", "watch_every"):
+            _least(name, getattr(self, name), 1)
+        if not 0 < self.watch_least <= 1:
+            raise ValueError(f"watch_least {self.watch_least} must be above 0 and at most 1")
 
 
 @dataclass(frozen=True)

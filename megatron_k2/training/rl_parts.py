@@ -75,9 +75,10 @@ def make_trainer(
         threads=run.rollout.threads,
     )
     folder = Path(args.save) if args.save else None
-    players = Players()
+    players, services = Players(), None
     if engine.is_leader:
-        players = _players(run, engine, chat_format, make_services(run, args), folder)
+        services = make_services(run, args)
+        players = _players(run, engine, chat_format, services, folder)
     if run.rollout.max_lag and run.rollout.groups % engine.num_copies:
         raise UsageError(
             f"--k2-rl-run: [rollout] groups {run.rollout.groups} must be a multiple of the "
@@ -87,7 +88,7 @@ def make_trainer(
         engine,
         players.rollouts,
         _sampler(run, engine.copy),
-        run_critic(run, engine, chat_format),
+        run_critic(run, engine, chat_format, services),
         Updater(args, chunks, optimizer, scheduler, groups, run.objective),
         Evaluator(players.asking, held_out(run)) if run.evaluation.every else None,
         PtxRows(run.ptx.data, run.ptx.rows, args.seq_length, run.seed) if run.ptx.data else None,
@@ -152,14 +153,17 @@ def _digest(run: Run) -> str:
     return hashlib.blake2b(repr(replace(run, steps=1)).encode(), digest_size=8).hexdigest()
 
 
-def run_critic(run: Run, engine: ColocatedEngine, chat_format: KimiFormat) -> RunCritic | None:
+def run_critic(
+    run: Run, engine: ColocatedEngine, chat_format: KimiFormat, services: Services | None
+) -> RunCritic | None:
     """Return the critic of a run that asks for one, on the leader of an engine.
 
     Raises:
-        UsageError: no such prompt or rubrics, or too few tasks for the engines.
+        UsageError: no such prompt, rubrics or sample, or too few tasks for the engines.
     """
-    wanted = run.critic.tasks or any(one.name == "open_ranked" for one in run.environments)
-    if not wanted or not engine.is_leader:
+    ranked = any(one.name == "open_ranked" for one in run.environments)
+    wanted = run.critic.tasks or run.critic.watch or ranked
+    if not wanted or services is None:
         return None
     if run.critic.tasks and (run.critic.tasks % engine.num_copies or run.rollout.max_lag):
         raise UsageError(
@@ -167,7 +171,7 @@ def run_critic(run: Run, engine: ColocatedEngine, chat_format: KimiFormat) -> Ru
             f"{engine.num_copies} engines, and needs max_lag 0"
         )
     try:
-        return RunCritic(engine.engine, chat_format, run.critic, run.seed)
+        return RunCritic(engine.engine, chat_format, run.critic, run.seed, services.judge)
     except ValueError as error:
         raise UsageError(f"--k2-rl-run: [critic] {error}") from error
 

@@ -2,7 +2,8 @@
 
 After a step's episodes are played, groups of open prompts are ranked by the policy that gave the
 answers. Verified groups with right and wrong answers become tasks of ``critic_pairs``, which the
-next step plays with its prompts: the closed loop of Kimi K2 (arXiv 2507.20534, 3.2.2).
+next step plays with its prompts: the closed loop of Kimi K2 (arXiv 2507.20534, 3.2.2). A frozen
+judge watches over a fixed sample, if the run gives one.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from typing import Any
 from megatron_k2.chat.format import ChatFormat
 from megatron_k2.engine.base import Engine
 from megatron_k2.gym.base import Task
-from megatron_k2.rl.critic.brief import correctness, load_prompt
+from megatron_k2.gym.services import Judge
+from megatron_k2.rl.critic.brief import Brief, correctness, load_prompt
 from megatron_k2.rl.critic.closed_loop import CriticPairs
-from megatron_k2.rl.critic.critics import PolicyCritic
+from megatron_k2.rl.critic.critics import CriticFailed, JudgeCritic, PolicyCritic
 from megatron_k2.rl.critic.groups import judge_ranked
 from megatron_k2.rl.critic.rubrics import load_rubrics
+from megatron_k2.rl.critic.watch import Watch, read_comparisons
 from megatron_k2.rl.episode import Group
 from megatron_k2.rl.run_tables import CriticRules
 
@@ -30,35 +33,60 @@ class RunCritic:
         chat_format: of the model.
         rules: of the run file.
         seed: of the run.
+        judge: frozen, that watches; None: the policy's own verdicts at the first step are kept.
 
     Raises:
-        ValueError: no such prompt or rubrics.
+        ValueError: no such prompt, rubrics or sample.
     """
 
     def __init__(
-        self, engine: Engine, chat_format: ChatFormat, rules: CriticRules, seed: int
+        self,
+        engine: Engine,
+        chat_format: ChatFormat,
+        rules: CriticRules,
+        seed: int,
+        judge: Judge | None = None,
     ) -> None:
         self._critic = PolicyCritic(engine, chat_format, max_tokens=rules.max_tokens)
         self._prompt, self._book = load_prompt(rules.prompt), load_rubrics(rules.rubrics)
         self._pairs = CriticPairs(correctness(rules.prompt), rules.pairs_per_task)
         self._rules, self._seed = rules, seed
+        self._watch: Watch | None = None
+        if rules.watch:
+            frozen = self._critic if judge is None else JudgeCritic(judge, rules.max_tokens)
+            brief = Brief(self._prompt, self._book.rubrics)
+            sample = read_comparisons(rules.watch)
+            self._watch = Watch(sample, frozen, brief, rules.watch_least, rules.watch_stops)
 
     def tasks(self, step: int, num_engines: int) -> list[Task]:
         """Return this engine's critic tasks of a step; none before there are pairs."""
         return self._pairs.draw(self._rules.tasks // num_engines, self._seed + step)
 
     async def judge(self, groups: Sequence[Group], step: int) -> dict[str, float]:
-        """Rank open groups, and take the pairs of verified ones; return what to log."""
+        """Rank open groups, and take the pairs of verified ones; return what to log.
+
+        Raises:
+            CriticDiverged: its verdicts are no longer the frozen judge's, and the run wants to end.
+        """
         counts = await judge_ranked(
             groups, self._critic, self._prompt, self._book, self._seed + step
         )
         added = self._pairs.add(groups)
-        return dict(counts.scalars()) | {"pairs": float(len(self._pairs)), "new": float(added)}
+        found = dict(counts.scalars()) | {"pairs": float(len(self._pairs)), "new": float(added)}
+        if self._watch is not None and step % self._rules.watch_every == 0:
+            try:
+                found |= (await self._watch.measure(self._critic, self._seed)).scalars()
+            except CriticFailed:  # a judge that is away for a while ends no run
+                found["watch_failed"] = 1.0
+        return found
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the pairs as JSON."""
-        return self._pairs.state_dict()
+        """Return the pairs, and what the frozen judge said, as JSON."""
+        state = self._pairs.state_dict()
+        return state if self._watch is None else state | {"watch": self._watch.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what ``state_dict`` gave."""
         self._pairs.load_state_dict(state)
+        if self._watch is not None and "watch" in state:
+            self._watch.load_state_dict(state["watch"])

@@ -8,8 +8,10 @@ judge's falls). The frozen judge is asked once; its verdicts are part of the sta
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron_k2.evaluation.intervals import wilson
@@ -72,6 +74,25 @@ class Agreement:
             "unparsable": self.unparsable / self.asked,
             "diverged": float(self.diverged),
         }
+
+
+def read_comparisons(path: str) -> list[Comparison]:
+    """Return the sample of a JSONL file of ``{"question", "first", "second"}``.
+
+    Raises:
+        ValueError: it is not there, or a line is not of that form; names the line.
+    """
+    found = []
+    try:
+        for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+            try:
+                value = json.loads(line)
+                found.append(Comparison(*(value[key] for key in ("question", "first", "second"))))
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"watch {path}, line {number}: {error!r}") from error
+    except OSError as error:
+        raise ValueError(f"watch {path}: {error.strerror}") from error
+    return found
 
 
 class Watch:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from dataclasses import replace
 
 import pytest
 
@@ -11,7 +13,10 @@ from megatron_k2.gym.judging import ScriptedJudge
 from megatron_k2.rl.critic import critics
 from megatron_k2.rl.critic.brief import Comparison
 from megatron_k2.rl.critic.critics import CriticFailed, JudgeCritic, PolicyCritic
+from megatron_k2.rl.critic.in_run import RunCritic
 from megatron_k2.rl.critic.tournament import rank
+from megatron_k2.rl.critic.watch import CriticDiverged
+from megatron_k2.rl.run_tables import CriticRules
 from megatron_k2.rl.sync.fingerprint import SyncRefused
 from tests.unit.engine.scripted_engine import ByteFormat, ScriptedEngine
 from tests.unit.rl.critic.critic_setting import BRIEF, say
@@ -19,10 +24,13 @@ from tests.unit.rl.critic.critic_setting import BRIEF, say
 ONE = [Comparison("6 x 7?", "42", "41")]
 
 
-def prefers_42(prompt) -> list[int]:
-    text = bytes(prompt).decode()
+def choice(text: str, liked: str) -> str:
     first = text.partition("<A-")[2].partition("\n")[2].partition("\n")[0]
-    return [*say("A" if first == "42" else "B").encode(), 0]
+    return say("A" if first == liked else "B")
+
+
+def prefers_42(prompt) -> list[int]:
+    return [*choice(bytes(prompt).decode(), "42").encode(), 0]
 
 
 def test_the_policy_judges_by_its_own_engine_and_the_version_is_recorded() -> None:
@@ -90,3 +98,31 @@ def test_a_frozen_judge_is_a_critic_and_its_failure_no_verdict() -> None:
 
     with pytest.raises(CriticFailed, match="refused"):
         asyncio.run(JudgeCritic(ScriptedJudge(fails)).say(BRIEF, ONE, 1))
+
+
+def test_a_run_watches_its_critic_by_the_policys_first_verdicts_or_a_judge(tmp_path) -> None:
+    sample = tmp_path / "pairs.jsonl"
+    pairs = [{"question": f"{n} x 7?", "first": "42", "second": "41"} for n in range(12)]
+    sample.write_text("".join(json.dumps(one) + "\n" for one in pairs))
+    rules = CriticRules(rubrics=("correctness",), watch=str(sample), watch_every=5)
+    likes = {"word": "42"}
+    engine = ScriptedEngine(
+        lambda ids: [*choice(bytes(ids).decode(), likes["word"]).encode(), 0], slots=64
+    )
+    critic = RunCritic(engine, ByteFormat(), rules, seed=1)
+    assert asyncio.run(critic.judge([], 0))["agreement"] == 1.0
+    assert "agreement" not in asyncio.run(critic.judge([], 3))
+    state = json.loads(json.dumps(critic.state_dict()))
+    likes["word"] = "41"  # the policy drifts
+    drifted = asyncio.run(critic.judge([], 5))
+    assert drifted["agreement"] == 0.0 and drifted["diverged"] == 1.0
+    stopping = RunCritic(engine, ByteFormat(), replace(rules, watch_stops=True), seed=1)
+    stopping.load_state_dict(state)
+    with pytest.raises(CriticDiverged):
+        asyncio.run(stopping.judge([], 10))
+    judge = ScriptedJudge(lambda messages, seed: choice(str(messages[-1]["content"]), "41"))
+    watched = RunCritic(engine, ByteFormat(), rules, 1, judge)
+    assert asyncio.run(watched.judge([], 0))["agreement"] == 1.0
+    sample.write_text('{"question": "a"}\n')
+    with pytest.raises(ValueError, match=r"pairs.jsonl, line 1"):
+        RunCritic(engine, ByteFormat(), rules, seed=1)
