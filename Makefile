@@ -6,7 +6,7 @@ export PYTHON
 # Set-up leaves compiling to the first import; without its result every process would compile anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup pretrain recipe-nano test test-te test-vllm evidence bench format lint docs-check clean
+.PHONY: help setup pretrain recipe-nano test test-te test-vllm test-mcp evidence bench format lint docs-check clean
 
 help:
 	@echo "make pretrain    train k2-nano on real text: INPUT=file.jsonl OUT=folder MINUTES=3"
@@ -14,6 +14,7 @@ help:
 	@echo "make test        ruff, mypy and the tests"
 	@echo "make test-te     the tests of tests/te, in .venv-te with Transformer Engine (MAX_JOBS=1)"
 	@echo "make test-vllm   an export in vLLM on the CPU, in .venv-vllm (6 GB)"
+	@echo "make test-mcp    real MCP servers of PyPI and npm in the sandbox (130 MB)"
 	@echo "make evidence    the heavy proofs that make test leaves out"
 	@echo "make bench       every bench of tools/bench"
 	@echo "make setup       only .venv;  PYTHON=/path/to/python3.12 names the interpreter"
@@ -56,6 +57,11 @@ test-te: setup
 test-vllm: setup
 	@tools/setup_vllm.sh
 	$(PYTHON_VENV) -m pytest -q -rs tests/vllm
+
+# Real MCP servers in the sandbox: a download of 130 MB, needs node and git.
+test-mcp: setup
+	@tools/setup_mcp.sh
+	$(PYTHON_VENV) -m pytest -q -rs tests/mcp
 
 evidence: setup
 	$(PYTHON_VENV) -m pytest -q -rs --durations=10 -m evidence

@@ -74,6 +74,9 @@ EXTRAS_REQUIRE = {
         *CLIENT,
         *GYM,
         "gymnasium>=1.2,<2",
+        # Real MCP servers of agentic/real/servers.toml: light, and on the same SDK.
+        "mcp-server-time==2026.10.19",
+        "mcp-server-git==2026.10.19",
     ],
 }
 # The folder patches/ of the checkout is the package megatron_k2.patches of the wheel.
@@ -94,6 +97,14 @@ setup(
     package_dir={"megatron_k2.patches": "patches"},
     package_data={
         "megatron_k2.presets": ["*.toml"],
+        "megatron_k2.agentic.judge": ["*.toml"],
+        "megatron_k2.agentic.output": ["*.css"],
+        "megatron_k2.agentic.real": ["*.toml", "locks/*"],
+        "megatron_k2.agentic.repository": ["*.toml"],
+        "megatron_k2.agentic.repository.library": ["*.toml"],
+        "megatron_k2.agentic.tasks": ["*.toml"],
+        "megatron_k2.agentic.trajectories": ["*.toml"],
+        "megatron_k2.agentic.world": ["*.toml"],
         "megatron_k2.chat": ["templates/*.toml"],
         "megatron_k2.engine": ["*.c"],
         "megatron_k2.fp8": ["*.c"],

@@ -122,6 +122,13 @@ OPTIONAL: dict[str, Requirement] = {
         versions=">=0.1.25,<0.2",
         install="pip install 'megatron-k2[gym]'",
     ),
+    "mcp": Requirement(
+        module="mcp",
+        distribution="mcp",
+        # 2.0 renamed what agentic/real/client.py uses; 2.3.0 was tried.
+        versions=">=2.3,<3",
+        install="pip install 'megatron-k2[gym]'",
+    ),
     "gymnasium": Requirement(
         module="gymnasium",
         distribution="gymnasium",

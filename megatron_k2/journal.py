@@ -14,7 +14,7 @@ import json
 import os
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 class JournalBusy(ValueError):
@@ -36,7 +36,8 @@ class CheckedLines:
         self._stream = open(path, "a+b")  # noqa: SIM115 - open as long as the work is under way
         try:
             self._lock()
-            self.before, kept = self._read()
+            self._stream.seek(0)
+            self.before, kept = _whole_lines(self._stream)
             self._stream.truncate(kept)
         except BaseException:
             self._stream.close()
@@ -65,14 +66,20 @@ class CheckedLines:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
                 raise
 
-    def _read(self) -> tuple[list[dict[str, Any]], int]:
-        """Return the whole lines and their bytes."""
-        self._stream.seek(0)
-        found, kept = [], 0
-        for line in self._stream:
-            check, _, text = line.rstrip(b"\n").partition(b" ")
-            if not line.endswith(b"\n") or check != b"%08x" % zlib.crc32(text):
-                break
-            found.append(json.loads(text))
-            kept += len(line)
-        return found, kept
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the whole lines of a journal, which another process may be writing."""
+    with path.open("rb") as stream:
+        return _whole_lines(stream)[0]
+
+
+def _whole_lines(stream: IO[bytes]) -> tuple[list[dict[str, Any]], int]:
+    """Return the whole lines of a stream and their bytes."""
+    found, kept = [], 0
+    for line in stream:
+        check, _, text = line.rstrip(b"\n").partition(b" ")
+        if not line.endswith(b"\n") or check != b"%08x" % zlib.crc32(text):
+            break
+        found.append(json.loads(text))
+        kept += len(line)
+    return found, kept

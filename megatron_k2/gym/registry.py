@@ -24,6 +24,7 @@ OURS: dict[str, str] = {
     "instructions": "megatron_k2.gym.instructions.environment:Instructions",
     "instructions_judged": "megatron_k2.gym.instructions.environment:JudgedInstructions",
     "safety": "megatron_k2.gym.safety.environment:Safety",
+    "tool_use": "megatron_k2.agentic.environment:ToolUse",
     "critic_pairs": "megatron_k2.rl.critic.environment:CriticPairsEnvironment",
     "open_prompts": "megatron_k2.rl.critic.open_prompts:OpenPrompts",
     "open_ranked": "megatron_k2.rl.critic.open_prompts:RankedPrompts",

@@ -36,7 +36,8 @@ class Command:
         stdin: all of its input.
         environ: the whole environment besides PATH, HOME and TMPDIR; nothing is inherited.
         limits: see ``Limits``.
-        keep: relative paths to return afterwards, where they are regular files.
+        keep: relative paths to return afterwards, where they are regular files; ``.`` is the whole
+            working directory.
     """
 
     argv: tuple[str, ...]
@@ -74,6 +75,30 @@ class SandboxError(RuntimeError):
     """The sandbox itself failed: no fault of the program, so a verdict of ``error``."""
 
 
+class Process(Protocol):
+    """A program that runs in a sandbox while others speak with it."""
+
+    async def read(self) -> bytes:
+        """Return what came on its stdout, at least a byte; nothing once that has ended."""
+
+    async def write(self, data: bytes) -> None:
+        """Write to its stdin.
+
+        Raises:
+            BrokenPipeError: it reads no more.
+        """
+
+    async def close(self, grace_s: float = 2.0) -> Result:
+        """Close its stdin, wait ``grace_s`` for its end, then end it and all that it started.
+
+        Called once, whatever happened. What was not read of stdout is lost; ``killed`` says that it
+        did not end by itself.
+
+        Raises:
+            SandboxError: the sandbox failed, not the program.
+        """
+
+
 class Sandbox(Protocol):
     """Runs programs that nobody trusts. Many at once."""
 
@@ -88,6 +113,17 @@ class Sandbox(Protocol):
 
         Raises:
             SandboxError: it could not be run.
+            ValueError: a path that leaves the working directory.
+        """
+
+    async def open(self, command: Command) -> Process:
+        """Start a command in a fresh private file system; the caller speaks with it.
+
+        The limits are of its whole life: ``output_bytes`` of all that it writes to stdout,
+        ``wall_s`` of all its time. ``Command.stdin`` must be empty.
+
+        Raises:
+            SandboxError: it could not be started, or this backend cannot hold one.
             ValueError: a path that leaves the working directory.
         """
 

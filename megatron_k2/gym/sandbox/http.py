@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from megatron_k2.gym.sandbox.base import Command, Limits, Result, SandboxError
+from megatron_k2.gym.sandbox.base import Command, Limits, Process, Result, SandboxError
 from megatron_k2.gym.sandbox.keeper.wire import pack, unpack
 
 RUN, BACKEND = "/v1/run", "/v1/backend"
@@ -66,6 +66,17 @@ class HttpSandbox:
             return Result(**header, stdout=stdout, stderr=stderr, files=files)
         except (ValueError, KeyError, TypeError) as error:
             raise SandboxError(f"{self._url} answered what is no result: {error}") from None
+
+    async def open(self, command: Command) -> Process:
+        """Refuse: this way of speaking has no session.
+
+        Raises:
+            SandboxError: always.
+        """
+        raise SandboxError(
+            f"{self._url}: a sandbox of kind 'http' runs programs to their end and holds none "
+            "open; programs that are spoken with need a sandbox of this machine"
+        )
 
     async def close(self) -> None:
         """Close connections, which ends what runs."""

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -21,16 +19,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from megatron_k2.gym.sandbox.base import Command, Limits, Result, SandboxError
-from megatron_k2.gym.sandbox.keeper.wire import LENGTH, MAX_HEADER_BYTES, pack
+from megatron_k2.gym.sandbox.base import Command, Limits, Process, Result, SandboxError
+from megatron_k2.gym.sandbox.keeper.wire import pack
+from megatron_k2.gym.sandbox.process import GRACE_S, LocalProcess, receive, wait_for_end
 
-GRACE_S = 20.0  # for the keeper's own work beyond the program's wall time, on a loaded machine
 MIN_MEMORY_BYTES = 64 << 20  # below it the keeper has too little for itself
 _PACKAGE = Path(__file__).resolve().parents[3]
 _SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 # What sandlock and bwrap print when they fail themselves; a program can print it too.
 _SET_UP_FAILED = ((127, b"sandlock child: "), (1, b"bwrap: "))
+_OPEN_PER_SLOT = 4  # programs that are spoken with mostly wait
 _TRIVIAL = Command(("python", "-c", "pass"))
 
 
@@ -62,6 +61,7 @@ class LocalSandbox:
         self.python = os.path.realpath(sys.executable)
         self._readable = _whole([*_SYSTEM, *_DEVICES, sys.base_prefix, *kind.readable])
         self._slots = asyncio.Semaphore(num_parallel or os.cpu_count() or 1)
+        self._seats = asyncio.Semaphore(_OPEN_PER_SLOT * (num_parallel or os.cpu_count() or 1))
         self._nursery: subprocess.Popen[bytes] | None = None
         self._to_nursery: socket.socket | None = None
 
@@ -89,6 +89,23 @@ class LocalSandbox:
                     raise SandboxError(f"{self.backend}: {words}")
         return result
 
+    async def open(self, command: Command) -> Process:
+        """Start a command that the caller speaks with; see ``base.Sandbox``.
+
+        Four times as many may be open as run at a time; others wait.
+
+        Raises:
+            SandboxError: it could not be started.
+            ValueError: a path that leaves the working directory, a limit that cannot be, or input.
+        """
+        check(command)
+        if command.stdin:
+            raise ValueError("a program that is opened gets its input by write()")
+        await self._seats.acquire()
+        process = LocalProcess(self.backend, self._fork, self._result, self._seats.release)
+        await process.start(self._order(command))
+        return process
+
     async def close(self) -> None:
         """End the process that starts others; runs under way end with their own sockets."""
         if self._nursery is not None and self._to_nursery is not None:
@@ -101,25 +118,25 @@ class LocalSandbox:
         keeper = 0
         with here, there:
             here.setblocking(False)
-            self._fork(there)
+            self._fork(there.fileno())
             there.close()
             try:
                 timeout_s = command.limits.wall_s + GRACE_S
                 async with asyncio.timeout(timeout_s):
-                    keeper = (await _receive(here))[0]["keeper"]
+                    keeper = (await receive(here))[0]["keeper"]
                     await asyncio.get_running_loop().sock_sendall(here, self._order(command))
-                    header, blobs = await _receive(here)
+                    header, blobs = await receive(here)
             except TimeoutError:
                 raise SandboxError(f"{self.backend}: no answer within {timeout_s} s") from None
             except (EOFError, OSError) as error:
                 raise SandboxError(f"{self.backend}: the keeper ended: {error}") from None
             finally:
                 here.shutdown(socket.SHUT_WR)
-                await asyncio.shield(_wait_for_end(here, keeper))
+                await asyncio.shield(wait_for_end(here, keeper))
         return self._result(header, blobs)
 
-    def _fork(self, control: socket.socket) -> None:
-        """Have a keeper started that listens to a socket.
+    def _fork(self, *descriptors: int) -> None:
+        """Have a keeper started with a socket, and the program's input and output if it is opened.
 
         Raises:
             SandboxError: it cannot be.
@@ -130,7 +147,7 @@ class LocalSandbox:
                     self._start_nursery()
                 assert self._to_nursery is not None
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                    socket.send_fds(self._to_nursery, [b"k"], [control.fileno()])
+                    socket.send_fds(self._to_nursery, [b"k"], descriptors)
                     return
         except OSError as error:
             raise SandboxError(f"{self.backend}: no keeper can be started: {error}") from error
@@ -210,40 +227,6 @@ def _looks_failed(result: Result) -> bool:
         result.returncode == code and result.stderr.startswith(words)
         for code, words in _SET_UP_FAILED
     )
-
-
-async def _receive(sock: socket.socket) -> tuple[dict[str, Any], list[bytes]]:
-    """Read a message of ``keeper.wire``."""
-    (length,) = LENGTH.unpack(await _exactly(sock, LENGTH.size))
-    if length > MAX_HEADER_BYTES:
-        raise OSError(f"a header of {length} bytes")
-    header = json.loads(await _exactly(sock, length))
-    return header, [await _exactly(sock, size) for size in header.pop("blobs")]
-
-
-async def _exactly(sock: socket.socket, size: int) -> bytes:
-    data = bytearray()
-    while len(data) < size:
-        piece = await asyncio.get_running_loop().sock_recv(sock, min(size - len(data), 1 << 20))
-        if not piece:
-            raise EOFError("it closed the connection")
-        data += piece
-    return bytes(data)
-
-
-async def _wait_for_end(sock: socket.socket, keeper: int) -> None:
-    """Wait until a keeper that was told to end has ended; kill one that does not.
-
-    It has the only other end of its socket, so the end of the one is that of the other.
-    """
-    with contextlib.suppress(OSError):
-        try:
-            async with asyncio.timeout(GRACE_S):
-                while await asyncio.get_running_loop().sock_recv(sock, 1 << 16):
-                    pass
-        except TimeoutError:
-            if keeper:
-                os.killpg(keeper, signal.SIGKILL)  # it leads its session
 
 
 def _whole(paths: Sequence[str]) -> list[str]:

@@ -19,23 +19,31 @@ from pathlib import Path
 from typing import Any
 
 from megatron_k2.gym.sandbox.keeper import kernel, launch, namespaces, wire
-from megatron_k2.gym.sandbox.keeper.watch import HostGoneError, Stream, Watch
+from megatron_k2.gym.sandbox.keeper.watch import HostGoneError, Relay, Stream, Watch
 
 SPARE_PROCESSES = 16  # the keeper, sandlock's threads, bubblewrap's two: of the same user
 MAX_OPEN_FILES = 256
+ALL_FILES = "."  # in what is to be kept: the whole working directory
+MAX_KEPT_FILES = 4096  # of it
 _NICENESS = 5  # a host under load answers first
 _PYVENV = "home = {home}\ninclude-system-site-packages = false\n"
 
 
-def main(descriptor: int) -> None:
-    """Take the order that comes on a socket, run it, answer, and exit."""
+def main(descriptor: int, *ends: int) -> None:
+    """Take the order that comes on a socket, run it, answer, and exit.
+
+    Args:
+        descriptor: of the socket.
+        ends: of the program's input and output, where the host speaks with it; else none.
+    """
     control = socket.socket(fileno=descriptor)
-    control.set_inheritable(False)  # recv_fds gives inheritable ones, whatever its flags
+    for one in (descriptor, *ends):  # recv_fds gives inheritable ones, whatever its flags
+        os.set_inheritable(one, False)
     status = 0
     try:
         control.sendall(wire.pack({"keeper": os.getpid()}))
         order, blobs = wire.receive(control)
-        answer, found = _run(order, blobs, control)
+        answer, found = _run(order, blobs, control, ends)
         control.setblocking(True)
         control.sendall(wire.pack(answer, found))
     except (HostGoneError, EOFError, BrokenPipeError, ConnectionResetError):
@@ -46,7 +54,7 @@ def main(descriptor: int) -> None:
 
 
 def _run(
-    order: dict[str, Any], blobs: list[bytes], control: socket.socket
+    order: dict[str, Any], blobs: list[bytes], control: socket.socket, ends: tuple[int, ...]
 ) -> tuple[dict[str, Any], list[bytes]]:
     keeper = os.getpid()
     os.umask(0o022)
@@ -54,6 +62,8 @@ def _run(
     if order["private"]:
         child = namespaces.enter(order["readable"], order["limits"]["disk_bytes"])
         if child:
+            for one in ends:  # the program's end must show
+                os.close(one)
             os.waitpid(child, 0)
             os._exit(0)
         root = namespaces.SCRATCH
@@ -61,14 +71,19 @@ def _run(
         kernel.adopt_orphans()
         root = tempfile.mkdtemp(prefix="k2-sandbox-", dir=order["scratch"])
     try:
-        return _run_in(root, keeper, order, blobs, control)
+        return _run_in(root, keeper, order, blobs, control, ends)
     finally:
         if not order["private"]:
             _remove(root)
 
 
 def _run_in(
-    root: str, keeper: int, order: dict[str, Any], blobs: list[bytes], control: socket.socket
+    root: str,
+    keeper: int,
+    order: dict[str, Any],
+    blobs: list[bytes],
+    control: socket.socket,
+    ends: tuple[int, ...],
 ) -> tuple[dict[str, Any], list[bytes]]:
     box = f"{root}/box"
     _furnish(root, box, order["python"], dict(zip(order["files"], blobs[1:], strict=True)))
@@ -79,7 +94,7 @@ def _run_in(
     kernel.gain_no_privileges()
     kernel.drop_capabilities()
     _limit_resources(limits, order["private"])
-    _feed(blobs[0])
+    _feed(blobs[0], ends)
     argv = [f"{root}/venv/bin/python" if order["argv"][0] == "python" else order["argv"][0]]
     start = launch.Start(
         argv=argv + order["argv"][1:],
@@ -96,14 +111,17 @@ def _run_in(
         started = launch.by_bubblewrap(start, order["bubblewrap"])
     else:
         started = launch.by_sandlock(start)
-    ends = (started.stdout, started.stderr)
-    streams = tuple(Stream(end, limits["output_bytes"]) for end in ends)
+    most = limits["output_bytes"]
+    stdout = Relay(started.stdout, most, host=ends[1]) if ends else Stream(started.stdout, most)
+    streams = (stdout, Stream(started.stderr, most))
     watch = Watch(started.pid, streams, control, limits, "" if order["private"] else box)
     try:
         outcome, status = watch.run()
     except HostGoneError:
         watch.end()
         raise
+    for one in ends[1:]:  # before the answer: a host that reads to the end then takes it
+        os.close(one)
     if order["bubblewrap"] and 128 < status <= 192 and outcome == "exited":
         outcome, status = "killed", 128 - status  # as shells do, bwrap tells a signal so
     kept = _read_kept(box, order["keep"], limits["disk_bytes"])
@@ -162,8 +180,13 @@ def _limit_resources(limits: dict[str, Any], private: bool) -> None:
         resource.setrlimit(kind, (value, value))
 
 
-def _feed(stdin: bytes) -> None:
-    """Make descriptor 0 a file that holds the program's input and cannot be written."""
+def _feed(stdin: bytes, ends: tuple[int, ...]) -> None:
+    """Make descriptor 0 a read-only file of the program's input, or the host's pipe."""
+    if ends:
+        os.dup2(ends[0], 0)
+        os.close(ends[0])
+        os.set_blocking(ends[1], False)
+        return
     source = os.memfd_create("stdin", os.MFD_CLOEXEC)
     with os.fdopen(os.dup(source), "wb") as stream:
         stream.write(stdin)
@@ -176,7 +199,7 @@ def _feed(stdin: bytes) -> None:
 def _read_kept(box: str, names: list[str], limit: int) -> dict[str, bytes]:
     """Return the contents of regular files, following no link, ``limit`` bytes in all."""
     found: dict[str, bytes] = {}
-    for name in names:
+    for name in _files_of(box) if ALL_FILES in names else names:
         try:
             content = _read_regular(box, name, limit)
         except OSError:  # not there, or not what was asked for
@@ -185,6 +208,17 @@ def _read_kept(box: str, names: list[str], limit: int) -> dict[str, bytes]:
             found[name] = content
             limit -= len(content)
     return found
+
+
+def _files_of(box: str) -> list[str]:
+    """Return the paths of the first files of a folder, without following links, in order."""
+    found: list[str] = []
+    for folder, folders, names in os.walk(box):
+        folders.sort()
+        found += [os.path.relpath(f"{folder}/{name}", box) for name in sorted(names)]
+        if len(found) > MAX_KEPT_FILES:
+            break
+    return found[:MAX_KEPT_FILES]
 
 
 def _read_regular(box: str, name: str, limit: int) -> bytes | None:

@@ -1,7 +1,8 @@
 """Forks keepers: a small process that has imported all that they need, which takes longest.
 
-It gets a descriptor for each run, forks, and the fork is the keeper of that run. It ends when the
-host closes its socket, or dies; keepers have sockets of their own and do not need it.
+It gets the descriptors of each run (a socket, and the program's input and output where the host
+speaks with it), forks, and the fork is the keeper of that run. It ends when the host closes its
+socket, or dies; keepers have sockets of their own and do not need it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def serve(descriptor: int, sandlock: str) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps keepers
     gc.freeze()
     while True:
-        data, descriptors, _, _ = socket.recv_fds(host, 1, 1)
+        data, descriptors, _, _ = socket.recv_fds(host, 1, 3)
         if not data:
             os._exit(0)
         try:
@@ -40,6 +41,6 @@ def serve(descriptor: int, sandlock: str) -> None:
             host.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             os.setsid()
-            main(descriptors[0])
+            main(*descriptors)
         for one in descriptors:
             os.close(one)

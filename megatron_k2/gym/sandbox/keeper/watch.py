@@ -34,6 +34,7 @@ class Stream:
     descriptor: int
     limit: int
     data: bytearray = field(default_factory=bytearray)
+    total: int = 0
     open: bool = True
     full: bool = False
 
@@ -43,18 +44,42 @@ class Stream:
             piece = os.read(self.descriptor, _PIECE_BYTES)
         except BlockingIOError:
             return
-        room = self.limit - len(self.data)
-        self.data += piece[:room]
-        self.full = self.full or len(piece) > room
+        self.data += piece[: max(0, self.limit - self.total)]
+        self.total += len(piece)
+        self.full = self.total > self.limit
         self.open = bool(piece)
+        self.pass_on()
+
+    def pass_on(self) -> None:
+        """Keep it: the result has it."""
 
     def drain(self) -> None:
         """Read to the end; those who wrote have ended."""
         while self.open and not self.full:
-            before = len(self.data)
+            before = self.total
             self.read()
-            if len(self.data) == before:
+            if self.total == before:
                 return
+
+
+@dataclass
+class Relay(Stream):
+    """A pipe whose content goes on to the host as it comes.
+
+    ``data`` is what the host has not taken; ``limit`` is of all that came, and so bounds that too.
+    """
+
+    host: int = -1
+
+    def pass_on(self) -> None:
+        """Give the host what it takes without waiting."""
+        try:
+            while self.data:
+                del self.data[: os.write(self.host, self.data)]
+        except BlockingIOError:
+            return
+        except OSError:  # it reads no more
+            self.data.clear()
 
 
 @dataclass
@@ -64,7 +89,7 @@ class Watch:
     Attributes:
         child: the program's process.
         streams: stdout and stderr.
-        control: where the host is; readable means that it is gone.
+        control: where the host is; a byte from it asks for the end, its end means that it is gone.
         limits: fields of ``base.Limits``.
         box: whose bytes to count; empty where its file system has the limit.
     """
@@ -94,6 +119,8 @@ class Watch:
                 ready = selector.select(max(0.0, tick - time.monotonic()))
                 if self._listen(selector, [key for key, _ in ready]):
                     break
+                for stream in self.streams:
+                    stream.pass_on()
                 if time.monotonic() >= tick:
                     limit = "timeout" if tick > deadline else self._limit()
                     tick = time.monotonic() + TICK_S
@@ -122,18 +149,27 @@ class Watch:
         return measure.descendants(os.getpid())
 
     def _listen(self, selector: selectors.BaseSelector, ready: list[Any]) -> bool:
-        """Take what is there; return whether the program has ended."""
+        """Take what is there; return whether the program has ended, or is to end."""
         ended = False
         for key in ready:
             if key.fileobj is self.control:
-                raise HostGoneError
-            if key.data is None:
+                if not self._asked():
+                    raise HostGoneError
+                ended = True
+            elif key.data is None:
                 ended = True
             else:
                 key.data.read()
                 if not key.data.open:
                     selector.unregister(key.fileobj)
         return ended
+
+    def _asked(self) -> bool:
+        """Return whether the host asks for the end, rather than having gone."""
+        try:
+            return bool(self.control.recv(1))
+        except OSError:
+            return False
 
     def _limit(self) -> str:
         """Return the limit that is passed, if one is."""

@@ -1,0 +1,1 @@
+"""Judging: rules, sandbox evidence, model judges, and what the three decide together."""

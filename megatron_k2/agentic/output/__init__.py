@@ -1,0 +1,1 @@
+"""Output: rows for fine-tuning, tasks for RL, provenance, the report."""

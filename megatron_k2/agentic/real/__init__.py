@@ -1,0 +1,1 @@
+"""Real tools: MCP servers and code, in the sandbox, with evidence of what they did."""

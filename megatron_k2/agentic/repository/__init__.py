@@ -1,0 +1,1 @@
+"""The repository of tools: imported, evolved, validated, without near-duplicates; see README.md."""

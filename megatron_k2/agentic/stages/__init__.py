@@ -1,0 +1,1 @@
+"""The run of a synthesis: stages, their resumption, budgets, progress, Ray."""

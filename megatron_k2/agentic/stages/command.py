@@ -1,0 +1,35 @@
+"""What `tools/synthesize_agentic.py` does with its flags (`flags.py`)."""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_k2.agentic.stages.claim import is_run
+from megatron_k2.agentic.stages.layout import Layout
+from megatron_k2.agentic.stages.order import STAGES
+from megatron_k2.agentic.stages.show import show
+from megatron_k2.agentic.stages.start import run_stages
+from megatron_k2.agentic.stages.status import status
+from megatron_k2.agentic.stages.verify import verify
+
+
+def run(args: argparse.Namespace) -> list[str]:
+    """Do a subcommand; return what failed, a line each.
+
+    Raises:
+        ValueError: a flag or an input that cannot be used.
+    """
+    if args.command == "run":
+        return run_stages(args, STAGES)
+    if not is_run(args.out):
+        raise ValueError(f"OUT {args.out}: holds no run")
+    layout = Layout(args.out)
+    if args.command == "status":
+        print("\n".join(status(layout, STAGES)))
+        return []
+    if args.command == "verify":
+        problems = verify(layout, STAGES)
+        print(f"{len(problems)} problems" if problems else "all files are whole and fit together")
+        return problems
+    print(show(layout, args.kind, args.number, args.id, args.json))
+    return []

@@ -1,0 +1,1 @@
+"""Dialogues of a simulated user, a policy and a toolbox."""
