@@ -64,6 +64,8 @@ def any_row(
 def _messages(trajectory: Trajectory) -> Iterator[dict[str, Any]]:
     unfit = {call.turn for call in trajectory.made if call.outcome == "invalid"}
     for turn, message in enumerate(_answered(trajectory.messages)):
+        if message["role"] == "system" and not message["content"]:
+            continue  # an agent without a prompt: the environment says nothing either
         one = {name: message[name] for name in _KEPT if message.get(name) is not None}
         one.setdefault("content", "")
         yield one | ({"weight": 0} if turn in unfit and one["role"] == "assistant" else {})

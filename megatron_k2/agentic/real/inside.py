@@ -22,7 +22,7 @@ from typing import Any
 GRACE_S = 1.0  # for all servers to end when their input has
 TAIL_BYTES = 2000  # of a server's last words on stderr
 MAX_FILES, MAX_FILE_BYTES = 4096, 1 << 24  # that the hash of the state reads
-VOLATILE = (".git/index",)  # it holds times
+VOLATILE = (".git/index", ".git/logs")  # they hold times
 
 _lock = threading.Lock()
 
@@ -95,7 +95,11 @@ def state() -> str:
     found = hashlib.sha256()
     count = 0
     for folder, folders, names in os.walk("."):
-        folders[:] = sorted(set(folders) - {"__pycache__"})
+        folders[:] = sorted(
+            one
+            for one in folders
+            if one != "__pycache__" and not f"{folder}/{one}".endswith(VOLATILE)
+        )
         for name in sorted(names):
             path = f"{folder}/{name}"[2:]
             count += 1

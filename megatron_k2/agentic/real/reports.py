@@ -44,14 +44,16 @@ _ASKS = {
     "roots/list": "asks_roots",
 }
 # Orders to a model have no business in a description or a result. By words, in English: what is
-# flagged is suspicious, what is not may be hostile all the same.
+# flagged is suspicious, what is not may be hostile all the same. Every repetition is bounded, since
+# the texts are a stranger's.
 _ORDERS = (
     r"\b(ignore|disregard|forget|override)\b[^.\n]{0,40}"
     r"\b(previous|prior|above|earlier|all|other|system)\b[^.\n]{0,30}"
     r"\b(instructions?|prompts?|rules|messages?|tools?)\b",
-    r"\byou are now\b|\bnew (system )?instructions?\s*:",
+    r"\byou are now\b|\bnew (system )?instructions?\s{0,3}:",
     r"\bact as (an?|the) (unrestricted|admin|root)\b",
-    r"<\s*/?\s*(system|important|secret|instructions?)\s*>|<\|(im_)?(system|user|assistant|start|end)",
+    r"<\s{0,3}/?\s{0,3}(system|important|secret|instructions?)\s{0,3}>",
+    r"<\|(im_)?(system|user|assistant|start|end)",
     r"\b(do not|don't|never)\b[^.\n]{0,30}\b(tell|mention|inform|reveal|show|warn)\b"
     r"[^.\n]{0,30}\buser\b",
     r"\b(before|instead of) (using|calling) (this|any|other|another)[^.\n]{0,40}"

@@ -37,7 +37,10 @@ async def agents_of(desk: Desk, value: list[Any]) -> dict[str, Any]:
         seed=desk.args.seed, agents=number, tools_per_agent=tuple(desk.args.tools_per_agent)
     )
     domain = desk.tables.domains[name]
-    made = await make_agents(desk.model, domain, desk.tables.tools_of(domain), settings)
+    tools = desk.tables.tools_of(domain)
+    if not desk.args.model_simulates:
+        tools = tuple(tool for tool in tools if tool.operation is not None)
+    made = await make_agents(desk.model, domain, tools, settings)
     dropped = {f"dropped: {reason}": number for reason, number in sorted(made.dropped.items())}
     return {"kept": [agent.to_json() for agent in made.kept], "dropped": dropped}
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_k2.agentic.records import AgentTask
+from megatron_k2.agentic.records import AgentTask, Domain, Tool
 from megatron_k2.agentic.stages.body_agents import shared_out
 from megatron_k2.agentic.stages.body_real import real_tasks_of
 from megatron_k2.agentic.stages.desk import Desk
 from megatron_k2.agentic.stages.work import Work
 from megatron_k2.agentic.tasks.settings import TaskSettings
 from megatron_k2.agentic.tasks.tasks import make_tasks
+from megatron_k2.agentic.toolbox import Toolbox
+from megatron_k2.agentic.world.simulator import Simulator
 
 FILE = "tasks.jsonl"
 
@@ -41,6 +44,12 @@ async def tasks_of(desk: Desk, value: list[Any]) -> dict[str, Any]:
     )
     domain = desk.tables.domains[agent.domain]
     tools = desk.tables.tools_of(domain)
-    made = await make_tasks(desk.model, domain, agent, tools, settings)
+
+    def opened(
+        domain: Domain, tools: Sequence[Tool], task: AgentTask, faults: Mapping[str, object]
+    ) -> Toolbox:
+        return Simulator(tools, domain, task.world, faults, task.seed, desk.model)
+
+    made = await make_tasks(desk.model, domain, agent, tools, settings, opened)
     dropped = {f"dropped: {reason}": number for reason, number in sorted(made.dropped.items())}
     return {"kept": [task.to_json() for task in made.kept], "dropped": dropped}

@@ -111,6 +111,11 @@ def _add_sizes(group: argparse._ArgumentGroup) -> None:
     add("--agents", type=int, default=100, metavar="N", help="over all domains; default 100")
     add("--server-share", type=float, default=0.25, metavar="SHARE", help="of agents with tools of "
         "a dump's servers, simulated by what their names say; default 0.25")  # fmt: skip
+    add(
+        "--model-simulates", action="store_true",
+        help="give agents also those tools of servers that no operation could be inferred for: the "
+        "model of the role simulator answers them",
+    )  # fmt: skip
     add("--tasks", type=int, default=500, metavar="N", help="to try for, over all agents; "
         "default 500; one that is not proven is dropped")  # fmt: skip
     add("--attempts", type=int, default=1, metavar="N", help="trajectories a task; default 1")

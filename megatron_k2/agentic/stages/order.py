@@ -28,7 +28,14 @@ STAGES = (
         "agents",
         make_agents_stage,
         reads=TOOLS,
-        settings=("seed", "agents", "server_share", "tools_per_agent", "real_servers"),
+        settings=(
+            "seed",
+            "agents",
+            "server_share",
+            "tools_per_agent",
+            "model_simulates",
+            "real_servers",
+        ),
         roles=("agent",),
     ),
     Stage(
@@ -36,7 +43,7 @@ STAGES = (
         make_tasks_stage,
         reads=AGENTS,
         settings=("seed", "tasks", "fault_share", "real_servers"),
-        roles=("task",),
+        roles=("task", "simulator"),
     ),
     Stage(
         "trajectories",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,15 @@ def test_words_that_give_orders_are_found_and_plain_ones_are_not() -> None:
     ):
         assert not orders_in(text), (text, orders_in(text))
     assert all(REASONS.values())
+
+
+@pytest.mark.parametrize(
+    "piece", ["<", " ", "< ", "ignore all ", "send ", "do not tell ", "instructions "]
+)
+def test_searching_for_orders_takes_no_long_time_whatever_the_text(piece: str) -> None:
+    began = time.process_time()
+    orders_in("<" + piece * 100_000)
+    assert time.process_time() - began < 2.0  # 0.2 s; 100 times as long with one open repetition
 
 
 async def no_children(sandbox: LocalSandbox) -> None:
