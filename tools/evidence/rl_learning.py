@@ -152,7 +152,8 @@ def play(options: argparse.Namespace, arm: Arm) -> list[dict[str, Any]]:
         flags = [
             *common(options, arm.seed),
             *("--k2-rl-run", str(run_file), "--global-batch-size", "8", "--lr", options.lr),
-            *("--lr-decay-style", "constant", "--save", str(folder), "--load", str(folder)),
+            *("--lr-decay-style", "linear", "--min-lr", "0"),
+            *("--save", str(folder), "--load", str(folder)),
             *("--seq-length", str(RL_SEQ_LENGTH), "--save-interval", "25"),
             *("--pretrained-checkpoint", str(base(options, arm.seed))),
             *arm.flags,
@@ -229,10 +230,10 @@ def parser() -> argparse.ArgumentParser:
     add("--task", choices=TASKS, default="spell_backward")
     add("--ablations", action="store_true", help="of the first seed, instead of seeds and control")
     add("--seeds", type=int, default=3)
-    add("--steps", type=int, default=75, help="of RL")
+    add("--steps", type=int, default=110, help="of RL")
     add("--sft-items", type=int, default=2000)
-    add("--sft-steps", type=int, default=110)
-    add("--lr", default="5e-4", help="of RL, MuonClip")
+    add("--sft-steps", type=int, default=116)
+    add("--lr", default="5e-4", help="of RL, MuonClip; falls to 0")
     add("--adam-lr", default="1e-4", help="of RL, AdamW: 0.2 of MuonClip's is the same RMS")
     add("--workers", type=int, default=2, help="runs at once, a thread each")
     return found

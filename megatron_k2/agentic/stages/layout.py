@@ -124,6 +124,7 @@ class Layout:
         if self.under_way(name) is None:
             shutil.rmtree(self.work(name), ignore_errors=True)
             write_json(self.work(name) / "stage.json", asdict(identity))
+        shutil.rmtree(self.stage(name), ignore_errors=True)  # a kill left it without a manifest
         shutil.rmtree(self.files(name), ignore_errors=True)
         self.files(name).mkdir(parents=True)
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_k2.agentic.models.recorded import read_recordings
+from megatron_k2.agentic.models.recorded import Answers, read_recordings
 from megatron_k2.agentic.stages.layout import Layout
 from megatron_k2.agentic.stages.parts import (
     Part,
@@ -51,21 +51,26 @@ class Worker:
             number[0] += 1
 
         try:
-            error = asyncio.run(self._do(row["part"], row["step"], budget, on_unit))
+            error = asyncio.run(_do_part(self._args, self._known, row, budget, on_unit))
         except (ValueError, OSError, RuntimeError) as found:
             error = found
         said = "" if error is None else f"{error}" or type(error).__name__
         return {"units": number[0], "counts": dict(counts), "error": said}
 
-    async def _do(
-        self, part: Part, step: Step, budget: Budget, on_unit: Callable[[dict[str, int]], None]
-    ) -> Exception | None:
-        layout = Layout(Path(self._args.out))
-        bench = build_bench(self._args, layout, budget, self._args.ray_workers, self._known)
-        try:
-            return await run_parts([part], step, bench, on_unit)
-        finally:
-            await bench.close()
+
+async def _do_part(
+    args: argparse.Namespace,
+    known: Answers,
+    row: dict[str, Any],
+    budget: Budget,
+    on_unit: Callable[[dict[str, int]], None],
+) -> Exception | None:
+    """Do a part; no method of ``Worker``, which a coroutine would make an actor of another kind."""
+    bench = build_bench(args, Layout(Path(args.out)), budget, args.ray_workers, known)
+    try:
+        return await run_parts([row["part"]], row["step"], bench, on_unit)
+    finally:
+        await bench.close()
 
 
 class RayRun:
@@ -110,6 +115,11 @@ class RayRun:
         after = _sum(spent_in(journal_path(work, step, part)) for part in wanted)
         self._budget.count(after[0] - before[0], after[1] - before[1])
         return RuntimeError("; ".join(errors)) if errors else None
+
+    def close(self) -> None:
+        """End the workers, so that their processors are free for others."""
+        while self._actors:
+            self._ray.kill(self._actors.pop())
 
     def _workers(self) -> list[Any]:
         if not self._actors:

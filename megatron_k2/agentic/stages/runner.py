@@ -125,7 +125,8 @@ class Runner:
         progress = Progress(Prices(self.args.price_per_million), self.args.quiet)
         budget.count(*spent_so_far(self.layout, self.every))
         bench = build_bench(self.args, self.layout, budget)
-        run: Run = RayRun(self.args, self.layout, budget) if self.args.ray else _here(bench)
+        workers = RayRun(self.args, self.layout, budget) if self.args.ray else None
+        run: Run = workers or _here(bench)
         try:
             for stage in self._chosen():
                 identity = identity_of(stage, self.args, self.layout)
@@ -137,6 +138,8 @@ class Runner:
                 return [f"{error}; the same command goes on from here"]
             raise error or stopped from None
         finally:
+            if workers is not None:
+                workers.close()
             await bench.close()
         return []
 

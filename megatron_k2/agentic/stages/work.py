@@ -57,6 +57,8 @@ class Work:
         Raises:
             Stopped: not all could be done.
         """
+        if not values:
+            return iter(())
         named = Step(self.stage, step, do, self.identity.hash)
         parts = plan_parts(values)
         with self._progress.step(self.stage, step, len(values)) as shown:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -145,3 +146,22 @@ def test_a_replay_gives_the_same_records(whole: Path, dump: Path, tmp_path: Path
     assert run(parser().parse_args(["run", *args, "--replay", str(whole / "answers")])) == []
     name = "tasks/tasks.jsonl"
     assert (tmp_path / "out" / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_verify_names_what_was_changed_and_what_fits_no_more(
+    whole: Path, dump: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    (out / "report" / "report.html").write_text("mine")
+    (out / "judge" / "notes.txt").write_text("mine")
+    problems = run(parser().parse_args(["verify", str(out)]))
+    assert [one.partition(": ")[2] for one in problems] == [
+        "is none of the stage's files",
+        "was changed after it was published",
+    ]
+    shutil.rmtree(out / "tools")
+    assert synthesize(out, dump, "--stages", "tools", "--evolved-tools", "0") == []
+    problems = run(parser().parse_args(["verify", str(out)]))
+    assert any("agents: was made from another tools/tools.jsonl" in one for one in problems)
+    assert any("names the tool" in one for one in problems)

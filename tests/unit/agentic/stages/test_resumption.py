@@ -144,6 +144,15 @@ def test_a_file_changed_by_hand_is_found(whole: Path, tmp_path: Path) -> None:
     assert published(out) == published(whole)
 
 
+def test_a_stage_that_was_removed_by_hand_is_made_again(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    (out / "agents" / "manifest.json").unlink()
+    shutil.rmtree(out / "tasks")
+    assert run("--out", str(out), *SCRIPTED, *SIZE) == []
+    assert published(out) == published(whole)
+
+
 def test_another_file_from_outside_is_another_run(tmp_path: Path) -> None:
     dump = tmp_path / "dump.json"
     dump.write_text("[]")
