@@ -12,6 +12,7 @@ parallelism is in latent_context.py.
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any, cast
 
 import torch
@@ -66,6 +67,15 @@ def _places(packed: PackedSeqParams | None) -> Tensor | None:
     return packed.cu_seqlens_q if padded is None else padded
 
 
+def _as_one(packed: PackedSeqParams | None, places: Tensor) -> PackedSeqParams:
+    """Return a row as one document: the angles are each document's own, upstream adds a loop."""
+    row = copy(packed)
+    assert row is not None
+    row.cu_seqlens_q = row.cu_seqlens_kv = places[[0, -1]]
+    row.cu_seqlens_q_padded = row.cu_seqlens_kv_padded = None
+    return row
+
+
 class K2LatentAttention(LatentContext):
     """What K2 changes in upstream's MLA classes; mixed in before them."""
 
@@ -102,6 +112,8 @@ class K2LatentAttention(LatentContext):
             rotary.device = hidden_states.device
             packs = packed_seq_params is not None and self.pg_collection.cp.size() == 1
             rotary.places = _places(packed_seq_params) if packs else None
+            if rotary.places is not None and not self.config.apply_rope_fusion:  # type: ignore[attr-defined]
+                packed_seq_params = _as_one(packed_seq_params, rotary.places)
         return super().get_query_key_value_tensors(
             hidden_states, key_value_states, position_ids, packed_seq_params, *args, **kwargs
         )

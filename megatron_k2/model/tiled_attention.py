@@ -5,6 +5,8 @@ input. This one runs on batched GEMMs: the logits in fp32 (bf16 inputs are widen
 equal the dense fp32 computation), the softmax in fp32, every other product in the inputs' dtype.
 At 4 x 512 tokens and 8 heads it takes 0.45 of the padded flash kernel's time, forward and backward
 (``tools/bench/attention.py``); the largest logit costs one more read of a tile in cache.
+Short sequences in a row share a tile, each hidden from the others: a loop over the 28 of a row of
+1024 costs more than their products.
 A sequence may have more keys than queries: the last query then sees the last key (context
 parallelism, cached keys). Limits: causal, no dropout. Pure torch: no process groups, no Megatron.
 """
@@ -12,6 +14,7 @@ parallelism, cached keys). Limits: causal, no dropout. Pure torch: no process gr
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -30,12 +33,18 @@ in the sequence; up to here they are kept (half of 2 bytes x tokens^2 a head), 2
 
 
 class _Piece:
-    """Some heads of one sequence: ``queries`` and ``keys`` are its tokens."""
+    """Some heads of one sequence, or of short ones: ``queries`` and ``keys`` are its tokens.
 
-    __slots__ = ("heads", "keys", "queries")
+    Attributes:
+        lengths: of its sequences, where they are more than one.
+    """
 
-    def __init__(self, heads: slice, queries: slice, keys: slice) -> None:
-        self.heads, self.queries, self.keys = heads, queries, keys
+    __slots__ = ("heads", "keys", "lengths", "queries")
+
+    def __init__(
+        self, heads: slice, queries: slice, keys: slice, lengths: tuple[int, ...] = ()
+    ) -> None:
+        self.heads, self.queries, self.keys, self.lengths = heads, queries, keys, lengths
 
     @property
     def num_keys(self) -> int:
@@ -70,12 +79,32 @@ def _heads_per_tile(num_heads: int, num_keys: int) -> int:
 def _pieces(query: Tensor, lengths: Sequence[int], key_lengths: Sequence[int]) -> Iterator[_Piece]:
     """Yield every piece of work; by shapes alone, without a cache to fit, all heads at once."""
     start, key_start, num_heads = 0, 0, query.size(1)
-    for length, key_length in zip(lengths, key_lengths, strict=True):
+    for together in _together(lengths, key_lengths):
+        length, key_length = (sum(some) for some in together)
         queries, keys = slice(start, start + length), slice(key_start, key_start + key_length)
+        several = together[0] if len(together[0]) > 1 else ()
         step = num_heads if query.is_meta else _heads_per_tile(num_heads, key_length)
         for head in range(0, num_heads, step):
-            yield _Piece(slice(head, min(head + step, num_heads)), queries, keys)
+            yield _Piece(slice(head, min(head + step, num_heads)), queries, keys, several)
         start, key_start = queries.stop, keys.stop
+
+
+@lru_cache(maxsize=64)
+def _together(
+    lengths: tuple[int, ...], key_lengths: tuple[int, ...]
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Return lengths of the sequences of each piece: one, or short ones that fill a tile."""
+    found: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    room = 0
+    for length, key_length in zip(lengths, key_lengths, strict=True):
+        is_short = length == key_length <= QUERY_ROWS // 2
+        if is_short and length <= room:
+            found[-1] = (*found[-1][0], length), (*found[-1][1], key_length)
+        else:
+            found.append(((length,), (key_length,)))
+            room = QUERY_ROWS if is_short else 0
+        room -= length
+    return found
 
 
 def _tiles(piece: _Piece) -> Iterator[_Tile]:
@@ -88,15 +117,26 @@ def _upper_triangle(device: torch.device) -> Tensor:
     return torch.ones(QUERY_ROWS, QUERY_ROWS, dtype=torch.bool, device=device).triu_(1)
 
 
+def _hidden(piece: _Piece, upper: Tensor) -> Tensor:
+    """Return what a tile's diagonal square hides, bool: later tokens, and other sequences."""
+    if not piece.lengths:
+        return upper
+    lengths = torch.tensor(piece.lengths, device=upper.device)
+    total = sum(piece.lengths)
+    number = torch.arange(len(lengths), device=upper.device)
+    number = number.repeat_interleave(lengths, output_size=total)
+    return upper[:total, :total] | (number[:, None] != number)
+
+
 def _masked_logits(
-    query: Tensor, key_t: Tensor, tile: _Tile, scale: float, upper: Tensor
+    query: Tensor, key_t: Tensor, tile: _Tile, scale: float, hidden: Tensor
 ) -> Tensor:
-    """Return fp32 ``scale * q k^T`` [heads, rows, keys] of one tile, -inf above the diagonal."""
+    """Return fp32 ``scale * q k^T`` [heads, rows, keys] of one tile, -inf where it is hidden."""
     logits = torch.baddbmm(
         query.new_empty(()), query[:, tile.rows], key_t[..., : tile.num_keys], beta=0, alpha=scale
     )
     num_rows = tile.rows.stop - tile.rows.start
-    logits[..., tile.diagonal].masked_fill_(upper[:num_rows, :num_rows], -torch.inf)
+    logits[..., tile.diagonal].masked_fill_(hidden[:num_rows, :num_rows], -torch.inf)
     return logits
 
 
@@ -125,8 +165,9 @@ class _TiledCausalAttention(torch.autograd.Function):
             heads = piece.heads
             q_wide = q[heads, piece.queries].to(wide)
             k_wide_t = k[heads, piece.keys].to(wide).transpose(1, 2)
+            hidden = _hidden(piece, upper)
             for tile in _tiles(piece):
-                logits = _masked_logits(q_wide, k_wide_t, tile, scale, upper)
+                logits = _masked_logits(q_wide, k_wide_t, tile, scale, hidden)
                 if with_max:
                     maxima[heads] = torch.maximum(maxima[heads], logits.flatten(1).amax(1))
                 if piece.num_keys <= KEEP_PROBABILITIES_TOKENS:
@@ -164,9 +205,10 @@ class _TiledCausalAttention(torch.autograd.Function):
             d_v = torch.zeros(v.shape, dtype=log_sums.dtype, device=v.device)
             recompute = piece.num_keys > KEEP_PROBABILITIES_TOKENS
             wide = (q.to(d_k.dtype), k.to(d_k.dtype).transpose(1, 2)) if recompute else None
+            hidden = _hidden(piece, upper) if recompute else upper
             for tile in _tiles(piece):
                 if wide is not None:
-                    logits = _masked_logits(*wide, tile, ctx.scale, upper)
+                    logits = _masked_logits(*wide, tile, ctx.scale, hidden)
                     weights = logits.sub_(log_sums[heads, tile.all_rows, None]).exp_().to(v.dtype)
                 else:
                     weights = next(kept)

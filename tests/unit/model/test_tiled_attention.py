@@ -12,7 +12,7 @@ from megatron_k2.model import tiled_attention
 from megatron_k2.model.tiled_attention import tiled_causal_attention
 from tests.reference.attention import dense_causal_attention, dense_logits, dense_max_logits
 
-PACKINGS = [(1,), (129,), (300,), (5, 0, 131, 1), (64, 200)]
+PACKINGS = [(1,), (129,), (300,), (5, 0, 131, 1), (64, 200), (40, 17, 0, 60, 9, 64, 65, 2)]
 
 
 def inputs(tokens: int, heads: int, width: int, v_width: int, dtype: torch.dtype) -> list[Tensor]:
