@@ -184,9 +184,13 @@ def _find(known: Known, entity: str) -> Candidate:
         "type": "integer", "minimum": 1, "maximum": 50,
         "description": f"How many {what} to return at most, 20 without",
     }  # fmt: skip
+    properties["cursor"] = {
+        "type": "string", "maxLength": 40,
+        "description": f"`next` of the page before, for the {what} after it",
+    }  # fmt: skip
     numbers = [one for one in fields if "minimum" in fields[one]]
     operation: dict[str, Any] = {
-        "do": "list", "entity": entity, "limit": "$limit",
+        "do": "list", "entity": entity, "limit": "$limit", "cursor": "$cursor",
         "where": [{"field": one, "is": "equals", "value": f"${one}"} for one in chosen],
     }  # fmt: skip
     by = listed([noun(one) for one in chosen])

@@ -13,6 +13,7 @@ from typing import Any
 from megatron_k2.agentic.model import Question, Refused
 from megatron_k2.agentic.models import scripted
 from megatron_k2.agentic.models.json_answers import ask_json
+from megatron_k2.agentic.repository import scripted as evolving
 from megatron_k2.agentic.stages.desk import Desk
 from megatron_k2.agentic.stages.flags import parser
 from megatron_k2.agentic.stages.runner import Stage
@@ -26,6 +27,8 @@ SLOW_S = 0.01  # of a unit, so that a kill finds the run under way
 
 def answer(question: Question) -> Message:
     """Return a word for a number; now and then nothing that can be read."""
+    if "number" not in question.script:  # other tests of this process have the role's own answers
+        return evolving.answer(question)
     number = int(question.script["number"])
     if number % 7 == 3 and len(question.messages) == 1:
         return {"role": "assistant", "content": "I think it is " + str(number)}
