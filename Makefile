@@ -36,17 +36,18 @@ lint: setup
 	$(PYTHON_VENV) -m ruff format --check .
 	$(PYTHON_VENV) -m mypy
 
-# Three lanes side by side: each leaves cores idle while it waits for processes of its own.
+# Lanes side by side, the linters too: each leaves cores idle while it waits for other processes.
 PYTEST := $(PYTHON_VENV) -m pytest -x -q -rs --durations=10
 STARTS := tests/unit/training tests/unit/checkpoint tests/unit/gym tests/unit/rl tests/unit/engine
-test: lint
+test: setup
 	@logs=$$(mktemp -d); trap 'rm -rf "$$logs"' EXIT; \
+	$(MAKE) --no-print-directory lint >"$$logs/0" 2>&1 & first=$$!; \
 	$(PYTEST) $(STARTS) >"$$logs/1" 2>&1 & second=$$!; \
 	$(PYTEST) --ignore=tests/distributed $(STARTS:%=--ignore=%) >"$$logs/2" 2>&1 & third=$$!; \
-	echo "tests/distributed; the other tests run beside it and are shown when all are done"; \
+	echo "tests/distributed; the linters and other tests run beside it, shown when all are done"; \
 	$(PYTEST) tests/distributed; failed=$$?; \
-	for lane in $$second $$third; do wait $$lane || failed=1; done; \
-	cat "$$logs/1" "$$logs/2"; exit $$failed
+	for lane in $$first $$second $$third; do wait $$lane || failed=1; done; \
+	cat "$$logs/0" "$$logs/1" "$$logs/2"; exit $$failed
 
 # Transformer Engine's real modules, without a GPU: needs nvcc, and a long first time.
 test-te: setup

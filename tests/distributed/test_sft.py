@@ -128,7 +128,7 @@ def test_losses_and_gradients_of_packed_rows_are_those_of_a_row_each(
     assert abs(single["token"][0][0] - single["dialogue"][0][0]) > 1e-3
 
 
-@pytest.mark.parametrize("layout", evidence_apart(LAYOUTS, ["PP2", "CP2"]))
+@pytest.mark.parametrize("layout", evidence_apart(LAYOUTS, ["EP2", "PP2", "CP2"]))
 def test_packed_rows_train_alike_in_every_layout(
     tune: Tune, data: dict[str, str], single: dict[str, Any], layout: str
 ) -> None:
