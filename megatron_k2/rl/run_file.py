@@ -7,6 +7,7 @@ Unknown keys are refused, so that a misspelt one does not silently do nothing.
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +53,19 @@ def run_from(given: dict[str, Any]) -> Run:
     Raises:
         ValueError: a key is unknown or missing, or a value is out of its range.
     """
+    for name in ("run", *TABLES):
+        if not isinstance(given.get(name, {}), dict):
+            raise ValueError(f"{name} is a table: [{name}]")
     fields = dict(given.get("run", {}))
+    if misplaced := sorted(set(fields) & {"environments", *TABLES}):
+        raise ValueError(f"[run] {misplaced[0]}: a table of its own, [{misplaced[0]}]")
     unknown = sorted(set(given) - {"run", "environments", *TABLES})
     if unknown:
         raise ValueError(f"table [{unknown[0]}] is none of run, environments, {', '.join(TABLES)}")
     for name, kind in TABLES.items():
         fields[name] = _table(name, kind, given.get(name, {}))
     sources = given.get("environments", [])
-    if not isinstance(sources, list):
+    if not isinstance(sources, list) or not all(isinstance(one, dict) for one in sources):
         raise ValueError("environments are tables of a list: [[environments]]")
     fields["environments"] = tuple(_table("environments", Source, one) for one in sources)
     return _table("run", Run, fields)
@@ -102,8 +108,8 @@ def _value(place: str, known: dataclasses.Field[Any], value: Any) -> Any:
             return schedule_from(value)
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
-    if kind == "tuple[str, ...]" and isinstance(value, list):
-        if not all(isinstance(one, str) for one in value):
+    if kind == "tuple[str, ...]":
+        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
             raise ValueError(f"{place} = {value!r} is no list of names")
         return tuple(value)
     wanted = kinds.get(kind)
@@ -111,4 +117,6 @@ def _value(place: str, known: dataclasses.Field[Any], value: Any) -> Any:
         return value
     if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
         raise ValueError(f"{place} = {value!r} is no {kind}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{place} = {value} is not finite")
     return float(value) if isinstance(value, int) and kind == "float" else value

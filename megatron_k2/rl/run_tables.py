@@ -108,6 +108,8 @@ class Rollout:
         for name in ("groups", "budget", "max_running", "threads"):
             _least(name, getattr(self, name), 1)
         _least("samples", self.samples, 2)
+        # At 0 the K answers would be one, and log-probabilities those of no distribution.
+        _above("temperature", min(self.temperature.start, self.temperature.end), 0)
         for name in ("max_lag", "segment_tokens", "cache_tokens"):
             _least(name, getattr(self, name), 0)
         if not 0 < self.top_p <= 1:
@@ -254,6 +256,7 @@ class Run:
     def __post_init__(self) -> None:
         """Check the ranges."""
         _least("steps", self.steps, 1)
+        _least("seed", self.seed, 0)
         _least("episodes_shown", self.episodes_shown, 0)
         _one_of("priority", self.priority, ("uniform", "failures"))
         for share in (self.curriculum.start, self.curriculum.end):

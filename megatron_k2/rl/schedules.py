@@ -37,6 +37,11 @@ class Schedule:
         """
         if self.shape not in SHAPES:
             raise ValueError(f"shape {self.shape!r} is none of {', '.join(SHAPES)}")
+        for name in ("start", "end", "steps"):
+            number = getattr(self, name)
+            is_number = isinstance(number, int | float) and not isinstance(number, bool)
+            if not is_number or not math.isfinite(number):
+                raise ValueError(f"{name} {number!r} is no finite number")
         if self.steps < 0:
             raise ValueError(f"steps {self.steps} must be 0 or more")
         if self.shape == "exponential" and min(self.start, self.end) <= 0:

@@ -231,7 +231,10 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         parts = self._parts
-        if torch.distributed.get_rank() == 0 or self._run.rollout.max_lag:
+        keeps = torch.distributed.get_rank() == 0
+        if self._run.rollout.max_lag:  # every engine draws for itself, on its leader
+            keeps = parts.engine.is_leader
+        if keeps:
             parts.folder.save_state(step, self._sampler_state, parts.sampler.state_dict())
         if parts.rollouts is not None:
             name = f"rollouts_{parts.engine.copy}"

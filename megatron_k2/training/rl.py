@@ -53,6 +53,13 @@ def add_rl_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="OpenAI-compatible server for environments that need a judge.",
     )
     group.add_argument("--k2-rl-judge-model", default="", metavar="NAME", help="Its model's name.")
+    group.add_argument(
+        "--k2-rl-sandbox-url",
+        default="",
+        metavar="URL",
+        help="Sandbox server (megatron_k2/gym/sandbox/server.py) for environments with programs; "
+        "its token is in K2_SANDBOX_TOKEN. Without it a local backend is looked for.",
+    )
     parser.set_defaults(**RL_DEFAULTS)
     return parser
 

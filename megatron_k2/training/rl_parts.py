@@ -20,6 +20,7 @@ from megatron_k2.gym.registry import environment
 from megatron_k2.gym.services import Services
 from megatron_k2.inputs import UsageError
 from megatron_k2.rl.colocated import ColocatedEngine, engine_limits
+from megatron_k2.rl.critic.groups import RANKED
 from megatron_k2.rl.critic.in_run import RunCritic
 from megatron_k2.rl.curation.sampler import TaskSampler, TaskSource
 from megatron_k2.rl.curation.task_file import read_tasks
@@ -30,7 +31,7 @@ from megatron_k2.rl.rollout.episode_log import EpisodeLog
 from megatron_k2.rl.rollout.scheduler import Rollouts
 from megatron_k2.rl.rollout.settings import RolloutSettings
 from megatron_k2.rl.run_folder import RunFolder
-from megatron_k2.rl.run_tables import Run, Source
+from megatron_k2.rl.run_tables import Evaluation, Run, Source
 from megatron_k2.rl.schedules import Schedule
 from megatron_k2.rl.trainer import Parts, Trainer
 from megatron_k2.rl.update import Updater
@@ -149,8 +150,18 @@ def _sampler(run: Run, copy: int) -> TaskSampler:
 
 
 def _digest(run: Run) -> str:
-    """Return what tells runs apart whose rollouts are not the same; more steps are no other run."""
-    return hashlib.blake2b(repr(replace(run, steps=1)).encode(), digest_size=8).hexdigest()
+    """Return what tells runs apart whose rollouts are not the same; more steps are no other run.
+
+    Neither is what is only looked at.
+    """
+    same = replace(
+        run,
+        steps=1,
+        episodes_shown=0,
+        evaluation=Evaluation(),
+        objective=replace(run.objective, max_gap_nats=1.0),
+    )
+    return hashlib.blake2b(repr(same).encode(), digest_size=8).hexdigest()
 
 
 def run_critic(
@@ -201,11 +212,15 @@ def source_of(source: Source, run: Run) -> TaskSource:
 
 
 def held_out(run: Run) -> list[Task]:
-    """Return the held-out tasks of every source, of which none is trained."""
+    """Return the held-out tasks of every source, of which none is trained.
+
+    Those that are paid by their rank in a group have no accuracy of their own, and are left out.
+    """
     return [
         task
         for source in run.environments
         for task in _tasks(replace(source, tasks=""), "test", run.evaluation.tasks, run)
+        if not task.metadata.get(RANKED)
     ]
 
 
@@ -218,6 +233,8 @@ def _tasks(source: Source, split: str, num_tasks: int, run: Run) -> Sequence[Tas
         else:
             load = environment(source.name).load
             found = load(split, num_tasks or None, run.seed, **source.options)
+            if ":" in source.name:  # found by its place, which no registry knows by its own name
+                found = [replace(task, env=source.name) for task in found]
     except (TypeError, ValueError, ImportError) as error:
         raise UsageError(f"{place}: {error}") from error
     if not found:
@@ -243,7 +260,8 @@ def make_services(run: Run, args: Any) -> Services:
     if "sandbox" in needs:
         from megatron_k2.gym.sandbox.find import find_sandbox
 
-        sandbox = asyncio.run(find_sandbox())
+        url, token = args.k2_rl_sandbox_url, os.environ.get("K2_SANDBOX_TOKEN", "")
+        sandbox = asyncio.run(find_sandbox("http" if url else "auto", url, token))
     judge = None
     if args.k2_rl_judge_url:
         key_env = "K2_JUDGE_KEY" if "K2_JUDGE_KEY" in os.environ else ""

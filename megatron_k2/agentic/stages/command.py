@@ -29,7 +29,15 @@ def run(args: argparse.Namespace) -> list[str]:
         return []
     if args.command == "verify":
         problems = verify(layout, STAGES)
-        print(f"{len(problems)} problems" if problems else "all files are whole and fit together")
+        missing = [one.name for one in STAGES if not (layout.out / one.name).is_dir()]
+        if missing:
+            print(f"not made yet: {', '.join(missing)}")
+        whole = (
+            "what is there is whole and fits together"
+            if missing
+            else ("all files are whole and fit together")
+        )
+        print(f"problems: {len(problems)}" if problems else whole)
         return problems
     print(show(layout, args.kind, args.number, args.id, args.json))
     return []

@@ -72,7 +72,13 @@ def calls_of(intents: Sequence[Intent], tools: Sequence[Tool]) -> list[Json]:
 def _read(intent: Intent, tools: Sequence[Tool]) -> Json:
     """Return the check of a read: the record itself, or a list that may have it."""
     if intent.operation["do"] != "get" or intent.key_argument is None:
-        return {"kind": "called", **reading(intent, tools)}
+        # The tool itself has to be asked for the right thing; another one words it its own way.
+        mine = {"kind": "called", **pattern(intent)}
+        found = reading(intent, tools)
+        if isinstance(found["tool"], str):
+            return mine
+        others = [name for name in found["tool"] if name != intent.tool.name]
+        return {"kind": "any", "of": [mine, {"kind": "called", "tool": others}]} if others else mine
     name, entity = intent.key_argument
     exact = {"tool": intent.tool.name, "arguments": {name: intent.arguments[name]}}
     others = [tool for tool in that_do(tools, "get", "list") if tool.name != intent.tool.name]

@@ -81,6 +81,8 @@ class Speaker:
             kind = "bare"
         if kind == "other" and not told:
             return f"use {slots['tool']}"
+        if kind == "create" and not told:
+            return f"create a new {slots['entity']}"
         words = self.pick("ask", kind, **slots)
         extra = {} if kind in ("update", "create", "other") else self._beside(intent, told)
         if extra:

@@ -38,6 +38,11 @@ def test_the_smallest_file_gives_a_whole_run(tmp_path: Path) -> None:
         ("[ptx]\nweight = -1\n", "weight"),
         ("[rewrads]\n", "rewrads"),
         ('[[environments]]\nname = "reasoning"\n', "twice"),
+        ("[objective]\ntau = inf\n", "tau"),
+        ("[rollout]\ntemperature = 0\n", "temperature"),
+        ("[rollout]\ntemperature = nan\n", "temperature"),
+        ('[rollout]\ntemperature = {start = "a", end = 1.0}\n', "start"),
+        ('[critic]\nrubrics = "core"\n', "rubrics"),
     ],
 )
 def test_a_wrong_key_or_value_is_named(tmp_path: Path, text: str, named: str) -> None:
@@ -63,3 +68,18 @@ def test_a_schedule_goes_from_start_to_end(shape: str) -> None:
     assert values == sorted(values, reverse=True)
     middle = {"linear": 0.9, "cosine": 0.9, "exponential": (1.2 * 0.6) ** 0.5}
     assert values[5] == pytest.approx(middle[shape])
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ('[run]\nsteps = 3\nobjective = "k1.5"\n', r"\[run\] objective: a table of its own"),
+        ("run = 3\n", "run is a table"),
+        ("objective = 3\n[run]\nsteps = 3\n", "objective is a table"),
+        ('environments = ["reasoning"]\n[run]\nsteps = 3\n', r"\[\[environments\]\]"),
+        ("[run]\nsteps = 3\nseed = -1\n", "seed"),
+    ],
+)
+def test_a_table_in_the_wrong_place_is_not_ignored(text: str, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        run_from(tomllib.loads(text))
