@@ -52,6 +52,7 @@ def test_slow_asynchronous_saves_hold_the_weights_of_their_own_step(tmp_path: Pa
             assert torch.equal(tensor, found[name]), (iteration, name)
 
 
+@pytest.mark.evidence  # a minute of waiting; test_faults.py fills the disk of a plain save
 def test_failed_asynchronous_save_is_reported_and_the_next_one_succeeds(tmp_path: Path) -> None:
     full = {"K2_TEST_FAULT": "full:4:100000"}
     run = zygote().train(EP2, *schedule(6), *ASYNC, f"--save={tmp_path}", environment=full)

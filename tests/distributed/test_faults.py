@@ -101,7 +101,6 @@ def test_a_rank_that_raises_ends_the_job(tmp_path: Path) -> None:
     assert "this rank has had enough" in done.stderr
 
 
-@pytest.mark.evidence  # test_async_save.py fills the disk of an asynchronous save
 def test_full_disk_does_not_end_the_training_but_its_exit_code_tells(tmp_path: Path) -> None:
     full = {"K2_TEST_FAULT": "full:4,8:100000"}
     run = _start(tmp_path, "--save-interval=2", environment=full)
