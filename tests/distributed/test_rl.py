@@ -175,19 +175,25 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
 
 
 @pytest.mark.evidence
+@pytest.mark.parametrize("layout", ["one process", "TP2"])
 def test_partial_rollout_trains_tokens_of_several_versions_and_can_be_killed(
-    files: dict[str, Path], tmp_path: Path
+    files: dict[str, Path], tmp_path: Path, layout: str
 ) -> None:
+    world_size, flags = LAYOUTS.get(layout, (1, []))
+
+    def begin(given: dict[str, Path], save: Path) -> Training:
+        return start(given, save, *flags, world_size=world_size)
+
     lagging = RUN.replace("[rollout]", "[rollout]\nmax_lag = 2\nsegment_tokens = 7")
     run = tmp_path / "lag.toml"
     run.write_text(lagging)
     given = {**files, "run": run}
-    wanted = ended(start(given, tmp_path / "whole"), tmp_path / "whole")
+    wanted = ended(begin(given, tmp_path / "whole"), tmp_path / "whole")
     assert max(one["kl_nats"] for one in wanted) > 0  # tokens of older weights are trained
     assert all(one["gap_nats"] <= 1e-5 for one in wanted)
-    training = start(given, tmp_path / "killed")
+    training = begin(given, tmp_path / "killed")
     training.wait_for("step     1")
     training.kill()
     training.wait()
-    found = ended(start(given, tmp_path / "killed"), tmp_path / "killed")
+    found = ended(begin(given, tmp_path / "killed"), tmp_path / "killed")
     assert [one["num_groups"] for one in found] == [4, 4, 4]

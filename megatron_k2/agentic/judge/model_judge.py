@@ -16,8 +16,9 @@ from importlib import resources
 from typing import Any, Literal
 
 from megatron_k2.agentic.judge.transcript import quoted, transcript
-from megatron_k2.agentic.model import Model, Question, Refused, Reply
+from megatron_k2.agentic.model import Model, Question, Refused
 from megatron_k2.agentic.models.json_answers import ask_json
+from megatron_k2.agentic.models.noted import NotedModel
 from megatron_k2.agentic.records import AgentTask, Criterion, Trajectory
 from megatron_k2.chat.format import Message
 
@@ -89,7 +90,7 @@ async def score(
         return Verdicts({})
     messages = _messages(task, trajectory, criteria)
     room = TOKENS_EACH * max(4, len(criteria))
-    named = _Named(model)
+    named = NotedModel(model)
     reading = _Reading([one.name for one in criteria], trajectory)
     try:
         question = Question(ROLE, messages, (), seed, temperature, room)
@@ -97,22 +98,7 @@ async def score(
     except Refused:
         pass  # what was understood counts, the rest stays without a score
     of = {one.name: reading.found.get(one.name, Verdict(None)) for one in criteria}
-    return Verdicts(of, named.model, reading.voided)
-
-
-class _Named:
-    """Notes the name of the model that answers."""
-
-    def __init__(self, model: Model) -> None:
-        self._model, self.model = model, ""
-
-    async def ask(self, question: Question) -> Reply:
-        reply = await self._model.ask(question)
-        self.model = reply.model
-        return reply
-
-    async def close(self) -> None:
-        """Not ours to close."""
+    return Verdicts(of, named.name, reading.voided)
 
 
 @dataclass

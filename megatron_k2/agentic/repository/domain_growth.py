@@ -12,8 +12,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_k2.agentic.model import Model, Question, Refused, Reply
+from megatron_k2.agentic.model import Model, Refused
 from megatron_k2.agentic.models.json_answers import ask_json
+from megatron_k2.agentic.models.noted import NotedModel
 from megatron_k2.agentic.records import Domain
 from megatron_k2.agentic.repository.answers import Draft, DraftTools, read_world
 from megatron_k2.agentic.repository.duplicates import NearDuplicates
@@ -28,7 +29,7 @@ async def grow_domain(model: Model, settings: Settings, seed: Mapping[str, Any])
         settings: of the run.
         seed: ``name``, ``category`` and ``about``.
     """
-    growth = _Growth(_Noting(model), settings, seed)
+    growth = _Growth(NotedModel(model), settings, seed)
     domain = await growth.world()
     if domain is None:
         return {"domain": None, "tools": [], "dropped": dict(growth.dropped)}
@@ -43,25 +44,10 @@ async def grow_domain(model: Model, settings: Settings, seed: Mapping[str, Any])
     return {"domain": domain.to_json(), "tools": tools, "dropped": dict(growth.dropped)}
 
 
-class _Noting:
-    """A model, and the name of what answered last."""
-
-    def __init__(self, model: Model) -> None:
-        self._model, self.name = model, ""
-
-    async def ask(self, question: Question) -> Reply:
-        reply = await self._model.ask(question)
-        self.name = reply.model
-        return reply
-
-    async def close(self) -> None:
-        """Left to whoever made the model."""
-
-
 class _Growth:
     """A domain under way."""
 
-    def __init__(self, model: _Noting, settings: Settings, seed: Mapping[str, Any]) -> None:
+    def __init__(self, model: NotedModel, settings: Settings, seed: Mapping[str, Any]) -> None:
         self._model, self._settings, self._seed = model, settings, seed
         self._index = NearDuplicates()
         self.tools: list[Draft] = []

@@ -84,7 +84,10 @@ def read_comparisons(path: str) -> list[Comparison]:
     """
     found = []
     try:
-        for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+        text = Path(path).read_text(encoding="utf-8")
+        for number, line in enumerate(text.split("\n"), 1):  # a string may hold U+2028
+            if not line.strip():
+                continue
             try:
                 value = json.loads(line)
                 found.append(Comparison(*(value[key] for key in ("question", "first", "second"))))

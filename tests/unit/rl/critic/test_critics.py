@@ -102,8 +102,8 @@ def test_a_frozen_judge_is_a_critic_and_its_failure_no_verdict() -> None:
 
 def test_a_run_watches_its_critic_by_the_policys_first_verdicts_or_a_judge(tmp_path) -> None:
     sample = tmp_path / "pairs.jsonl"
-    pairs = [{"question": f"{n} x 7?", "first": "42", "second": "41"} for n in range(12)]
-    sample.write_text("".join(json.dumps(one) + "\n" for one in pairs))
+    pairs = [{"question": f"{n}\u2028x 7?", "first": "42", "second": "41"} for n in range(12)]
+    sample.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n\n" for one in pairs))
     rules = CriticRules(rubrics=("correctness",), watch=str(sample), watch_every=5)
     likes = {"word": "42"}
     engine = ScriptedEngine(
