@@ -4,7 +4,8 @@ A token takes ``kv_lora_rank + rope`` numbers a layer, the normed latent and the
 that all heads share: in Kimi K2 576 instead of the 64 x (192 + 128) of expanded keys and values.
 Pages of ``BLOCK_TOKENS`` tokens are handed out from a free list, so that a growing sequence copies
 nothing and a finished one leaves no hole (PagedAttention, arXiv 2309.06180). Block 0 is never
-handed out: tables are padded with it. Left out: sharing pages between equal prefixes.
+handed out: tables are padded with it. A block can have several owners (prefixes.py) and is free
+when the last has given it back.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class LatentCache:
             torch.zeros(rows, width, dtype=dtype, device=device) for _ in range(num_layers)
         ]
         self._free = list(range(self.num_blocks, 0, -1))
+        self._owners = [0] * (self.num_blocks + 1)
 
     @property
     def bytes_per_token(self) -> int:
@@ -62,9 +64,28 @@ class LatentCache:
     def take(self, count: int) -> list[int]:
         """Hand out ``count`` blocks; the caller has seen that so many are free."""
         assert count <= len(self._free)
-        return [self._free.pop() for _ in range(count)]
+        blocks = [self._free.pop() for _ in range(count)]
+        for block in blocks:
+            self._owners[block] = 1
+        return blocks
+
+    def share(self, blocks: list[int]) -> list[int]:
+        """Add an owner to blocks that somebody holds; return them."""
+        for block in blocks:
+            assert self._owners[block]
+            self._owners[block] += 1
+        return list(blocks)
+
+    def copy(self, source: int, target: int) -> None:
+        """Copy a block's latents into another, in every layer."""
+        rows = [slice(one * BLOCK_TOKENS, (one + 1) * BLOCK_TOKENS) for one in (source, target)]
+        for page in self.pages:
+            page[rows[1]] = page[rows[0]]
 
     def give_back(self, blocks: list[int]) -> None:
-        """Free blocks and empty the list of who held them."""
-        self._free += reversed(blocks)
+        """Leave blocks, free those that nobody else holds, and empty the list."""
+        for block in reversed(blocks):
+            self._owners[block] -= 1
+            if not self._owners[block]:
+                self._free.append(block)
         blocks.clear()

@@ -155,6 +155,7 @@ class LocalCore:
         change()
         self._weights = bind_weights(self._model, self.limits.max_context)
         self.weight_version = version
+        self.scheduler.prompts.forget_all()
         if under_way == "recompute":
             self.scheduler.recompute_all()
 

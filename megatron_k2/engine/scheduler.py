@@ -2,7 +2,8 @@
 
 Every decoding sequence gets its one token, then prompts get chunks, oldest first, until the step's
 token budget is used (chunked prefill, Sarathi: arXiv 2308.16369). A waiting request is admitted
-when the cache has blocks for all of its tokens. When a decoding sequence needs a block and none is
+when the cache has blocks for all of its tokens; of equal prompts one is read and the others wait a
+step for it (prefixes.py). When a decoding sequence needs a block and none is
 free, the youngest sequence is preempted: its blocks are freed and its tokens, generated ones too,
 are computed again later. One sequence alone always fits, so that somebody always advances. All
 decisions follow from the requests' order: no clock, no random number.
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from megatron_k2.engine.base import EngineFull, Request
 from megatron_k2.engine.batch import Span
 from megatron_k2.engine.cache import LatentCache, blocks_for
+from megatron_k2.engine.prefixes import SharedPrompts
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Limits:
             )
 
 
-@dataclass
+@dataclass(eq=False)
 class Sequence:
     """A request under way.
 
@@ -73,6 +75,11 @@ class Sequence:
     cached: int = 0
     blocks: list[int] = field(default_factory=list)
     source: random.Random = field(default_factory=random.Random)
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """Ids of the prompt."""
+        return tuple(self.request.prompt)
 
     @property
     def generated(self) -> int:
@@ -92,6 +99,7 @@ class Scheduler:
         self.limits, self.cache = limits, cache
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.prompts = SharedPrompts(cache)
         self.preemptions = 0
 
     def __len__(self) -> int:
@@ -115,6 +123,7 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence and free its blocks."""
+        self.prompts.forget(sequence)
         self.cache.give_back(sequence.blocks)
         if sequence in self.running:
             self.running.remove(sequence)
@@ -131,21 +140,33 @@ class Scheduler:
         for sequence in [one for one in self.running if one.is_decoding]:
             self._grow(sequence)
         self._admit()
+        waits = [one for one in self.running if not one.cached and not self.prompts.begin(one)]
         decoding = [one for one in self.running if one.is_decoding]
         decoding.sort(key=lambda one: len(one.tokens))  # stable; lengths alike are padded less
         planned = [(one, Span(one.tokens[-1:], one.cached, one.blocks)) for one in decoding]
         budget = self.limits.step_tokens - len(planned)
         for sequence in self.running:
-            if sequence.is_decoding or budget <= 0:
+            if budget <= 0 or sequence.is_decoding or sequence in waits:
                 continue
-            stop = min(len(sequence.tokens), sequence.cached + budget)
-            chunk = sequence.tokens[sequence.cached : stop]
-            is_last = stop == len(sequence.tokens)
-            if len(chunk) == 1 and sequence.cached and not is_last:
-                continue  # a lone row with a past is a decoding row; it waits for a wider budget
-            planned.append((sequence, Span(chunk, sequence.cached, sequence.blocks, is_last)))
-            budget -= len(chunk)
+            if (chunk := self._chunk(sequence, budget)) is not None:
+                planned.append((sequence, chunk))
+                budget -= len(chunk.tokens)
         return planned
+
+    def _chunk(self, sequence: Sequence, budget: int) -> Span | None:
+        """Return the next rows of a prompt, or None where the budget leaves no good ones.
+
+        All but the last token, which decodes; but a lone row with a past would be taken for a
+        decoding one: the last two go together, or wait for a wider budget.
+        """
+        length, cached = len(sequence.tokens), sequence.cached
+        missing = length - 1 - cached
+        if missing <= 1 and (cached or length == 1):
+            missing = length - cached
+        stop = cached + min(missing, budget)
+        if stop - cached == 1 and cached:
+            return None
+        return Span(sequence.tokens[cached:stop], cached, sequence.blocks, stop == length)
 
     def _grow(self, sequence: Sequence) -> None:
         """Give a decoding sequence the block of its next token; preempt others, or itself."""
@@ -158,6 +179,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         """Move a running sequence to the head of the queue, its cache freed."""
         self.running.remove(sequence)
+        self.prompts.forget(sequence)
         self.cache.give_back(sequence.blocks)
         sequence.cached = 0
         self.waiting.appendleft(sequence)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import pytest
 import torch
 
 from megatron_k2.engine import attention
-from megatron_k2.engine.base import EngineFull
+from megatron_k2.engine.base import Completion, EngineFull
 from megatron_k2.engine.core import LocalCore
 from megatron_k2.engine.scheduler import Limits
 from tests.unit.engine.small_models import (
@@ -147,6 +148,66 @@ def test_an_answer_does_not_depend_on_the_batch(model: Any) -> None:
     assert run(LocalCore(model, LIMITS), [other])["drawn"].ids != alone["drawn"].ids
 
 
+@pytest.mark.parametrize("length", [2, 17, 30, 33, 90])
+def test_a_prompt_that_many_ask_is_read_once(model: Any, length: int) -> None:
+    """Page borders before, at and after the last token; 90 tokens are read in two chunks."""
+    group = [
+        replace(
+            request_of("", length, max_tokens=6 + n, temperature=0.9, seed=n, top_log_probs=9),
+            id=f"g{n}",
+        )
+        for n in range(5)
+    ]
+    core = LocalCore(model, LIMITS)
+    answers = run(core, group)
+    assert core.scheduler.prompts.num_tokens == 4 * (length - 1)
+    assert max(largest_error(model, answer) for answer in answers.values()) <= TOLERANCE
+    for request in group:
+        alone = run(LocalCore(model, LIMITS), [request])[request.id]
+        assert alone.ids == answers[request.id].ids
+    assert core.cache.num_free == core.cache.num_blocks
+
+
+def test_shared_pages_outlive_who_read_them(model: Any) -> None:
+    core = LocalCore(model, replace(LIMITS, cache_tokens=128))
+    crowd = [
+        replace(request_of("p", 40, max_tokens=60, top_log_probs=3), id=f"p{n}") for n in range(5)
+    ]
+    late = replace(crowd[0], id="late")
+    found = {request.id: Completion(request) for request in (*crowd, late)}
+    for request in crowd:
+        core.add(request)
+    for step in count():
+        if step == 6:
+            core.abort("p0")  # who read the prompt
+            core.add(late)
+        for name, piece in core.step():
+            found[name].add(piece)
+        if not core.has_work:
+            break
+    assert core.scheduler.preemptions > 0
+    assert found["p0"].finish_reason == "abort"
+    assert max(largest_error(model, answer) for answer in found.values()) <= TOLERANCE
+    assert core.cache.num_free == core.cache.num_blocks
+
+
+def test_what_old_weights_have_read_is_not_shared_with_new_requests() -> None:
+    model = build()
+    core = LocalCore(model, LIMITS)
+    core.add(request_of("a", 40, max_tokens=20))
+    for _ in range(3):
+        core.step()
+    core.update_weights(1, lambda: randomise_(model, seed=9))
+    fresh = replace(request_of("a", 40, **EVERY), id="b")
+    core.add(fresh)
+    found = Completion(fresh)
+    while core.has_work:
+        for name, piece in core.step():
+            if name == "b":
+                found.add(piece)
+    assert largest_error(model, found) <= TOLERANCE
+
+
 def test_stop_ids_and_the_context_end_an_answer(model: Any) -> None:
     free = run(LocalCore(model, LIMITS), [request_of("a", 12)])["a"]
     stop = free.ids[3]
@@ -162,7 +223,7 @@ def test_new_weights_are_followed_and_versioned() -> None:
     core = LocalCore(model, LIMITS, weight_version=3)
     request = request_of("a", 20, **EVERY)
     core.add(request)
-    first = [piece for _ in range(3) for _, piece in core.step()]
+    first = [piece for _ in range(4) for _, piece in core.step()]  # one reads the prompt
     core.update_weights(4, lambda: randomise_(model, seed=9), "recompute")
     answer = drain(core, [request])["a"]
     assert [piece.versions[0] for piece in first] == [3, 3, 3]
