@@ -79,6 +79,10 @@ EXTRAS_REQUIRE = {
         "mcp-server-git==2026.10.19",
     ],
 }
+# Of every package; folders without modules by name. tests/unit/test_package.py compares the wheel
+# with the checkout.
+DATA = ["*.toml", "*.jsonl", "*.c", "*.css", "*.js", "*.html", "*.md"]
+DATA += [f"{folder}/*" for folder in ("locks", "prompts", "rubrics", "templates")]
 # The folder patches/ of the checkout is the package megatron_k2.patches of the wheel.
 PATCH_PACKAGES = ["megatron_k2.patches"] + [
     f"megatron_k2.patches.{name}" for name in find_packages("patches")
@@ -95,35 +99,12 @@ setup(
     python_requires=">=3.12",
     packages=find_packages(include=["megatron_k2", "megatron_k2.*"]) + PATCH_PACKAGES,
     package_dir={"megatron_k2.patches": "patches"},
-    package_data={
-        "megatron_k2.presets": ["*.toml"],
-        "megatron_k2.agentic.judge": ["*.toml"],
-        "megatron_k2.agentic.output": ["*.css"],
-        "megatron_k2.agentic.real": ["*.toml", "locks/*"],
-        "megatron_k2.agentic.repository": ["*.toml"],
-        "megatron_k2.agentic.repository.library": ["*.toml"],
-        "megatron_k2.agentic.tasks": ["*.toml"],
-        "megatron_k2.agentic.trajectories": ["*.toml"],
-        "megatron_k2.agentic.world": ["*.toml"],
-        "megatron_k2.chat": ["templates/*.toml"],
-        "megatron_k2.engine": ["*.c"],
-        "megatron_k2.fp8": ["*.c"],
-        "megatron_k2.planning": ["*.toml"],
-        "megatron_k2.gym": ["*.toml"],
-        "megatron_k2.gym.instructions": ["*.toml"],
-        "megatron_k2.gym.safety": ["*.toml"],
-        "megatron_k2.data.facts_corpus": ["*.toml"],
-        "megatron_k2.rl.critic": ["*.toml", "prompts/*.toml", "rubrics/*.toml"],
-        "megatron_k2.data.rephrase": ["lexicon.toml", "prompts/*.toml"],
-        "megatron_k2.data.rephrase.planted": ["*.toml", "*.jsonl"],
-    },
+    package_data={"": DATA},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     entry_points={
         "console_scripts": [
-            "megatron-k2-sample = megatron_k2.training.sample:cli",
-            "megatron-k2-pretrain-text = megatron_k2.training.from_text:main",
-            "megatron-k2-pretrain = megatron_k2.training.pretrain:cli",
+            "megatron-k2 = megatron_k2.__main__:main",
         ]
     },
 )

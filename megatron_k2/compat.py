@@ -292,6 +292,25 @@ def distribution_version(distribution: str) -> str | None:
         return None
 
 
+def declared_requirements(distribution: str) -> list[str] | None:
+    """Return the PEP 508 lines that a distribution declares, None where it is not installed.
+
+    Those of an extra carry the marker ``extra == "NAME"``.
+    """
+    try:
+        return importlib.metadata.requires(distribution) or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def declared_extras(distribution: str) -> list[str]:
+    """Return the extras of a distribution in its own order; none where it is not installed."""
+    try:
+        return importlib.metadata.metadata(distribution).get_all("Provides-Extra") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+
+
 def entry_points(group: str) -> list[tuple[str, str]]:
     """Return (name, ``module:attribute``) of every entry point of a group, sorted."""
     return sorted((one.name, one.value) for one in importlib.metadata.entry_points(group=group))

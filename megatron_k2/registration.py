@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 from megatron_k2 import compat, device
-from megatron_k2.patches import ALL_PATCHES, PatchError
+from megatron_k2.patches import ALL_PATCHES, Patch, PatchError
 
-__all__ = ["PatchError", "Registration", "describe", "register"]
+__all__ = ["PatchError", "Registration", "describe", "patch_problems", "register"]
 
 logger = logging.getLogger(__name__)
 _REGISTERED: Registration | None = None
@@ -74,16 +74,14 @@ def register(device_name: str | None = None, argv: Sequence[str] | None = None) 
         device.keep_freed_memory()
     else:  # before its import: else it offloads weights with the activations (2.10 and later)
         os.environ.setdefault("NVTE_CPU_OFFLOAD_V1", "1")
-    applied = []
-    for patch in ALL_PATCHES:
-        if patch.group == "core" or patch.group == resolved:
-            patch.apply()
-            applied.append(patch.id)
+    patches = _patches_of(resolved)
+    for patch in patches:
+        patch.apply()
     _REGISTERED = Registration(
         device=resolved,
         megatron_root=compat.megatron_root(),
         megatron_version=compat.megatron_version(),
-        patches=tuple(applied),
+        patches=tuple(patch.id for patch in patches),
     )
     if int(os.environ.get("RANK", "0")) == 0:
         print(describe(_REGISTERED), file=sys.stderr, flush=True)
@@ -98,6 +96,28 @@ def describe(registration: Registration) -> str:
         f"{registration.megatron_root}; {where}; torch {torch.__version__}; "
         f"{len(registration.patches)} patches"
     )
+
+
+def patch_problems() -> tuple[int, list[str]]:
+    """Apply each patch of this machine's device, whatever becomes of the others before it.
+
+    For a process that only looks: what does not fit leaves upstream half patched.
+
+    Returns:
+        The number of patches, and what stands against those that do not fit, a line each.
+    """
+    problems = []
+    patches = _patches_of(device.resolve_device())
+    for patch in patches:
+        try:
+            patch.apply()
+        except (PatchError, ImportError) as error:
+            problems.append(str(error))
+    return len(patches), problems
+
+
+def _patches_of(resolved: str) -> list[Patch]:
+    return [patch for patch in ALL_PATCHES if patch.group in ("core", resolved)]
 
 
 def _set_host_threads(argv: Sequence[str] | None) -> None:

@@ -5,9 +5,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_k2.rl.curation.command import curate
 from megatron_k2.training.command_line import run_tool
-from megatron_k2.training.generate import open_checkpoint
+from megatron_k2.training.tools import curate_tasks
 
 if __name__ == "__main__":
-    sys.exit(run_tool(lambda: curate(None, open_checkpoint)))
+    sys.exit(run_tool(curate_tasks))

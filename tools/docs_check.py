@@ -2,7 +2,8 @@
 
 Checks README.md, CONTRIBUTING.md and CHANGELOG.md: every relative link and every path in backquotes
 exists, every ``make`` target named exists, the table of presets has each preset's numbers, and the
-newest version of the changelog is the package's. Prose is not checked.
+newest version of the changelog is the package's. In docs/ and the READMEs of all rooms, links and
+paths that begin at the root exist. Commands are checked by tests/docs, prose is not.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ from megatron_k2 import __version__  # noqa: E402  found through the line above
 from megatron_k2.presets import list_presets, load_preset  # noqa: E402
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+ROOMS = ("docs", "examples", "megatron_k2", "patches", "tests", "tools")
+MEGATRONS = ("tools/checkpoint/convert.py",)  # of a Megatron-LM checkout
 
 
 def main() -> int:
     """Print every disagreement; returns 1 if there is one."""
     problems = [f"{name}: {p}" for name in DOCUMENTS for p in problems_of(ROOT / name)]
+    problems += [problem for room in ROOMS for problem in room_problems(ROOT / room)]
     problems += preset_problems((ROOT / "README.md").read_text(encoding="utf-8"))
     newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     if newest is None or newest[1] != __version__:
@@ -47,6 +51,25 @@ def problems_of(document: Path) -> list[str]:
             found.append(f"path {quoted}")
     for command in re.findall(r"\bmake ((?:[a-z-]+ ?)+)(?=[`\n ])", code_of(text)):
         found += [f"make {word}" for word in command.split() if word not in targets]
+    return found
+
+
+def room_problems(room: Path) -> list[str]:
+    """Return the links and paths of a folder's documents that do not exist."""
+    found = []
+    for document in sorted(room.rglob("*.md")):
+        text, name = document.read_text(encoding="utf-8"), document.relative_to(ROOT)
+        links = re.findall(r"\]\(([^)#:]+)[)#]", text)
+        found += [
+            f"{name}: link to {link}" for link in links if not (document.parent / link).exists()
+        ]
+        paths = re.findall(rf"`((?:{'|'.join(ROOMS)})/[\w./-]+)`", text)
+        written = {*re.findall(r"<!-- file: (\S+) -->", text), *MEGATRONS}
+        found += [
+            f"{name}: path {path}"
+            for path in paths
+            if path not in written and not (ROOT / path).exists()
+        ]
     return found
 
 

@@ -5,16 +5,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_k2.agentic.stages.command import run
-from megatron_k2.agentic.stages.flags import parser
 from megatron_k2.training.command_line import run_tool
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the tool; return its exit status."""
-    args = parser().parse_args(argv)
-    return run_tool(lambda: run(args))
-
+from megatron_k2.training.tools import synthesize_agentic
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(synthesize_agentic))

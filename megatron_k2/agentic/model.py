@@ -51,12 +51,21 @@ class Question:
 
 @dataclass(frozen=True)
 class Reply:
-    """A model's answer: a message in OpenAI's form, and its tokens (0: not counted)."""
+    """A model's answer.
+
+    Attributes:
+        message: in OpenAI's form.
+        prompt_tokens, completion_tokens: 0: not counted.
+        model: that answered.
+        planted: mistake that a script was told to make (``trajectories/mistakes.py``); "" for none
+            and from all other models.
+    """
 
     message: Message
     prompt_tokens: int = 0
     completion_tokens: int = 0
     model: str = ""
+    planted: str = ""
 
     @property
     def text(self) -> str:
@@ -68,6 +77,10 @@ class Refused(RuntimeError):
     """The model will never answer this question, or no answer could be read: drop the record."""
 
 
+class NotRecorded(ValueError):
+    """A replay without a model lacks an answer: the run must stop, and no record is dropped."""
+
+
 class Model(Protocol):
     """Answers questions; many at once."""
 
@@ -76,7 +89,8 @@ class Model(Protocol):
 
         Raises:
             Refused: this question has no answer; others may.
-            BudgetSpent, ServerGone, ValueError: the run must stop; what was answered is recorded.
+            BudgetSpent, ServerGone, NotRecorded, ValueError: the run must stop; what was answered
+                is recorded.
         """
 
     async def close(self) -> None:

@@ -181,6 +181,15 @@ class Environment(ABC):
     def gold(self, task: Task) -> tuple[Answer, ...]:
         """Return answers, a turn each, that score 1."""
 
+    @classmethod
+    async def prove(cls, tasks: Sequence[Task]) -> Sequence[str] | None:
+        """Return what is wrong, for a family whose answers have no score alone; None: gold proves.
+
+        Args:
+            tasks: to prove it on.
+        """
+        return None
+
     @abstractmethod
     async def reset(self, task: Task, seed: int) -> Observation:
         """Begin an episode."""

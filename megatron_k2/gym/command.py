@@ -6,9 +6,10 @@ import argparse
 import asyncio
 import inspect
 import json
+import os
 import sys
 import time
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,9 @@ def gym(argv: Sequence[str] | None = None) -> list[str] | None:
     """
     args = parser().parse_args(list(sys.argv[1:] if argv is None else argv))
     run: Any = args.run
+    if run in (_list, _show):
+        _printed(run, args)
+        return None
     found: list[str] | None = run(args)
     return found
 
@@ -91,6 +95,15 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("--seed", type=int, default=0, help="of generated tasks (0)")
         one.add_argument("--options", default="{}", help="JSON for the environment's load()")
     return made
+
+
+def _printed(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """Print, as far as somebody reads: ``head`` has had enough, and that is no error."""
+    try:
+        run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes
 
 
 def _list(args: argparse.Namespace) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_k2.chat.format import ChatFormat, Message
-from megatron_k2.data.rephrase.client import ChunkRefused, Client, Endpoint, key_from
+from megatron_k2.data.rephrase.client import ChunkRefused, Client, Endpoint, ServerGone, key_from
 from megatron_k2.data.rephrase.gate import Budget, Gate
 from megatron_k2.data.rephrase.settings import Sampler
 from megatron_k2.engine.base import Engine, EngineFull, Request, Sampling, generate
@@ -29,6 +29,10 @@ from megatron_k2.journal import CheckedLines
 ASKED, ASKED_AGAIN, UNREADABLE = "asked", "asked again", "unreadable"
 FULL_TRIES, FULL_WAIT_S = 8, 0.05  # an engine that is full is asked again, waiting twice as long
 _FENCE = re.compile(r"\A```(?:json)?\s*\n(.*)\n```\Z", re.DOTALL | re.IGNORECASE)
+
+
+class JudgeGone(RuntimeError):
+    """Its server answers nobody: no later question is answered either."""
 
 
 class Counting:
@@ -58,7 +62,8 @@ class EndpointJudge(Counting):
         """Return its answer; as ``services.Judge``.
 
         Raises:
-            RuntimeError: this request is refused, a budget is spent, or the server answers nobody.
+            RuntimeError: this request is refused, or a budget is spent.
+            JudgeGone: the server answers nobody; names its flag.
             ValueError: wrong address, key or model; all later requests fail alike.
         """
         asked = [{"role": str(m["role"]), "content": str(m["content"])} for m in messages]
@@ -66,6 +71,8 @@ class EndpointJudge(Counting):
             answer = await self._client.chat(asked, Sampler(0.0, 1.0, max_tokens), seed)
         except ChunkRefused as error:
             raise RuntimeError(f"the judge refused: {error}") from error
+        except ServerGone as error:
+            raise JudgeGone(f"{self._client.endpoint.flags[-1]}: {error}") from error
         return answer.text
 
     async def close(self) -> None:
@@ -74,7 +81,12 @@ class EndpointJudge(Counting):
 
 
 def connect(
-    url: str, model: str, key_env: str = "", concurrency: int = 16, timeout_s: float = 120.0
+    url: str,
+    model: str,
+    key_env: str = "",
+    concurrency: int = 16,
+    timeout_s: float = 120.0,
+    flags: tuple[str, str, str] = ("--judge-key-env", "--judge-model", "--judge-url"),
 ) -> EndpointJudge:
     """Return the judge of a server.
 
@@ -84,8 +96,10 @@ def connect(
         key_env: environment variable that holds the key; "" for none.
         concurrency: requests under way at most.
         timeout_s: of one try.
+        flags: of key, model and address, which errors name.
     """
-    endpoint = Endpoint(url, model, key_from(key_env) if key_env else "", timeout_s)
+    key = key_from(key_env) if key_env else ""
+    endpoint = Endpoint(url, model, key, timeout_s, flags=flags)
     return EndpointJudge(Client(endpoint, Gate(concurrency), Budget(), max_tries=4))
 
 

@@ -14,7 +14,8 @@ from megatron_k2.chat.format import Message
 from megatron_k2.gym.sandbox.base import Sandbox
 
 HOW = {
-    "judge": "give a server's address: --k2-rl-judge-url in an RL run, --judge-url of the tools",
+    "judge": "give a server's address: --k2-rl-judge-url in an RL run (or policy: the weights "
+    "under training judge), --judge-url of the tools",
     "sandbox": "install sandlock (extra 'gym') or bubblewrap, or give an RL run the address of "
     "one, --k2-rl-sandbox-url",
     "verifiers": "the run starts them; a test passes InlineVerifiers or a VerifierPool",

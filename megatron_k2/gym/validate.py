@@ -49,17 +49,24 @@ class Tally:
 
 @dataclass
 class Report:
-    """What validation found of one environment."""
+    """What validation found of one environment.
+
+    Attributes:
+        proof: what an environment that proves itself found wrong; None: its answers were judged.
+    """
 
     name: str
     num_tasks: int
     tallies: dict[str, Tally]
+    proof: Sequence[str] | None = None
 
     @property
     def failures(self) -> list[str]:
         """What is not as it should be, a line each; empty: the environment holds."""
         if not self.num_tasks:
             return [f"{self.name}: no tasks"]
+        if self.proof is not None:
+            return [f"{self.name}: {problem}" for problem in self.proof]
         gold = self.tallies["gold"]
         found = [f"{self.name}: gold of {problem}" for problem in gold.problems]
         for kind in KINDS[1:]:
@@ -79,10 +86,13 @@ class Report:
         """Return the row of a table, see ``head``."""
         cells = [f"{self.name:<24}{self.num_tasks:>6}"]
         for kind in KINDS:
-            mean = self.tallies[kind].mean
+            mean = self.tallies[kind].mean if kind in self.tallies else None
             cells.append(f"{'-' if mean is None else f'{mean:.3f}':>8}")
         unjudged = sum(tally.unjudged for tally in self.tallies.values())
-        return "".join([*cells, f"{unjudged:>10}  {'FAILED' if self.failures else 'ok'}"])
+        said = "FAILED" if self.failures else "ok"
+        if self.proof is not None:
+            said += f", no gold: planted groups, {len(self.proof)} of them wrong"
+        return "".join([*cells, f"{unjudged:>10}  {said}"])
 
 
 def head() -> str:
@@ -98,7 +108,7 @@ async def validate(
     concurrency: int = 8,
     done: Callable[[], None] = lambda: None,
 ) -> Report:
-    """Answer every task in every way.
+    """Answer every task in every way, or have an environment without gold prove itself.
 
     Args:
         kind: of environment.
@@ -107,6 +117,9 @@ async def validate(
         concurrency: episodes at once.
         done: called after each episode.
     """
+    proof = await kind.prove(tasks)
+    if proof is not None:
+        return Report(kind.name, len(tasks), {}, proof)
     tallies = {name: Tally() for name in KINDS}
     free = asyncio.Semaphore(concurrency)
 

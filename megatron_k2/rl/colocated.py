@@ -4,7 +4,8 @@ Trainer and engine take turns in the same processes (arXiv 2507.20534, 3.3.1). N
 the optimizer changes parameters in place, and a sync binds the engine to them anew. With tensor or
 expert parallelism the ranks of one model copy decode together: the first *leads*, runs the event
 loop, environments and judges; the others follow until it releases them. Each data-parallel copy is
-an engine of its own.
+an engine of its own, and so is each context-parallel rank: it holds all weights, and answers whole
+sequences of its own while the trainer shares every row.
 
 A sync is checked by log-probabilities of a fixed prompt, and in one process by checksums of every
 tensor too. With LoRA the frozen base stays as it was bound and the adapters are added anew.
@@ -15,6 +16,7 @@ Left out: freeing the trainer's memory for the engine, which K2 does and a CPU h
 from __future__ import annotations
 
 import asyncio
+import copy
 import dataclasses
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -71,17 +73,18 @@ class ColocatedEngine:
         self._model = unwrap_model(chunks[0])
         self._vocab_size = vocab_size
         self._group = engine_group(groups)
+        served = _WholeSequences(self._model)
         options: dict[str, Any] = dict(
             vocab_size=vocab_size, weight_version=version, record_routes=record_routes
         )
         self._alone = self._group.size() == 1
         self._core: LocalCore
         if self._alone:
-            self._core = LocalCore(self._model, limits, **options)
+            self._core = LocalCore(served, limits, **options)
             self.is_leader = True
         else:
             # In-place changes are there already: the engine only binds them anew.
-            ranked = RankedCore(self._model, limits, groups, change=lambda _: None, **options)
+            ranked = RankedCore(served, limits, groups, change=lambda _: None, **options)
             self._core, self.is_leader = ranked, ranked.is_leader
         self._dtype = "F32" if self._model.config.params_dtype == torch.float32 else "BF16"
         self._loop = asyncio.new_event_loop()
@@ -153,6 +156,21 @@ class ColocatedEngine:
         else:
             _ranked(self._core).follow()
         self._loop.close()
+
+
+class _WholeSequences:
+    """The model as the engine reads it: the trainer's weights, no context parallelism.
+
+    The engine has a forward of its own over the weights and refuses a configuration that splits
+    sequences, which its own do not.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model, self.config = model, copy.copy(model.config)
+        self.config.context_parallel_size = 1
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
 
 
 def has_adapters(model: torch.nn.Module) -> bool:

@@ -96,16 +96,18 @@ def shuffled(outcomes: Sequence[GroupOutcome], seed: int, step: int) -> list[Gro
     return found
 
 
-def trained_samples(outcomes: Sequence[GroupOutcome]) -> list[Sample]:
+def trained_samples(outcomes: Sequence[GroupOutcome], even: bool = True) -> list[Sample]:
     """Return the samples of the loss, with advantages and weights.
 
     Groups in which every reward is the same have an advantage of zero and still hold the policy to
-    its old self, as the objective says. A group without a judged episode is left out; the weight of
-    the others makes the loss a mean over groups of means over responses.
+    its old self, as the objective says; without ``even`` they are left out, unless all groups are
+    like that, and count in the others' weights all the same. A group without a judged episode is
+    left out; the weight of the others makes the loss a mean over groups of means over responses.
     """
     counted = [one for one in outcomes if one.samples]
+    trained = counted if even else [one for one in counted if len(set(one.rewards)) > 1]
     found = []
-    for one in counted:
+    for one in trained or counted:
         mean = sum(one.rewards) / len(one.rewards)
         weight = 1.0 / (len(counted) * len(one.samples))
         found += [

@@ -12,24 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from megatron_k2.inputs import UsageError, read_toml
-from megatron_k2.rl.run_tables import (
-    CriticRules,
-    Evaluation,
-    Objective,
-    Ptx,
-    Rewards,
-    Rollout,
-    Run,
-    Source,
-)
+from megatron_k2.rl.run_critic import CriticRules
+from megatron_k2.rl.run_play import Loops, Probing, Rollout, Source
+from megatron_k2.rl.run_tables import Evaluation, Objective, Ptx, Rewards, Run
 from megatron_k2.rl.schedules import schedule_from
 
 TABLES: dict[str, type[Any]] = {
     "objective": Objective,
     "rewards": Rewards,
     "rollout": Rollout,
+    "repetition": Loops,
     "ptx": Ptx,
     "critic": CriticRules,
+    "probing": Probing,
     "evaluation": Evaluation,
 }
 

@@ -1,16 +1,20 @@
 """What a run of RL may say: a table each, with bounds and consequences.
 
 Model, layout and optimizer are Megatron's flags, as in pretraining; what they have no word for is
-here. Kimi K2 publishes none of the values: the defaults are those of our experiments
-(examples/k2_nano). ``run_file.py`` reads them from TOML.
+here. Rollouts and prompts are in ``run_play.py``, the critic in ``run_critic.py``. Kimi K2
+publishes none of the values: the defaults are those of our experiments (examples/k2_nano).
+``run_file.py`` reads them from TOML.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import get_args
 
+from megatron_k2.rl.bounds import above, least, one_of
 from megatron_k2.rl.objective import Correction, Form
+from megatron_k2.rl.run_critic import CriticRules
+from megatron_k2.rl.run_play import Loops, Probing, Rollout, Source
 from megatron_k2.rl.schedules import Schedule
 
 
@@ -29,6 +33,10 @@ class Objective:
             average over a batch. fp32 with the local engine is below 1e-6.
         replay_routing: tokens take the experts that the engine chose.
         reset_optimizer: momenta are set to zero at each iteration, as in Kimi k1.5.
+        train_even_groups: false leaves out groups whose rewards are all the same. On rollouts of
+            the current weights their first gradient is 0, r - mean r and the log-ratio both being
+            0, so the step is the same and costs less; only for ``updates`` 1 and ``max_lag`` 0.
+            The gap, the KL, the experts' balance and the max logits are then those of the others.
     """
 
     form: Form = "k2"
@@ -39,15 +47,21 @@ class Objective:
     max_gap_nats: float = 0.1
     replay_routing: bool = True
     reset_optimizer: bool = False
+    train_even_groups: bool = True
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        _one_of("form", self.form, get_args(Form))
-        _one_of("correction", self.correction, get_args(Correction))
-        _above("tau", self.tau, 0)
-        _above("correction_cap", self.correction_cap, 1)
-        _above("max_gap_nats", self.max_gap_nats, 0)
-        _least("updates", self.updates, 1)
+        one_of("form", self.form, get_args(Form))
+        one_of("correction", self.correction, get_args(Correction))
+        above("tau", self.tau, 0)
+        above("correction_cap", self.correction_cap, 1)
+        above("max_gap_nats", self.max_gap_nats, 0)
+        least("updates", self.updates, 1)
+        if not self.train_even_groups and self.updates > 1:
+            raise ValueError(
+                f"train_even_groups false needs updates 1, not {self.updates}: from the second "
+                "update on these groups hold the policy to its old self"
+            )
 
 
 @dataclass(frozen=True)
@@ -69,56 +83,8 @@ class Rewards:
     def __post_init__(self) -> None:
         """Check the ranges."""
         for name in ("over_budget_penalty", "repetition_penalty", "length_weight"):
-            _least(name, getattr(self, name), 0)
-        _least("length_from_step", self.length_from_step, 0)
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """How a batch is sampled.
-
-    Attributes:
-        groups: prompts a step.
-        samples: K, responses a prompt.
-        temperature: number, or table of a schedule.
-        top_p: nucleus. Below 1 the log-probabilities are still those of the whole distribution.
-        budget: tokens a response may have where neither task nor environment says; also the
-            most, whatever they say.
-        max_lag: versions that a trained token's weights may be behind; 0: synchronous.
-        segment_tokens: partial rollout: tokens a response gets in one iteration before it waits
-            for the next; 0: responses are never cut.
-        max_running: requests that the engine decodes at once.
-        cache_tokens: of the engine; 0: as many as ``max_running`` contexts.
-        threads: of the engine on the CPU.
-    """
-
-    groups: int = 32
-    samples: int = 8
-    temperature: Schedule = field(default_factory=lambda: Schedule(1.0, 1.0))
-    top_p: float = 1.0
-    budget: int = 4096
-    max_lag: int = 0
-    segment_tokens: int = 0
-    max_running: int = 64
-    cache_tokens: int = 0
-    threads: int = 1
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        for name in ("groups", "budget", "max_running", "threads"):
-            _least(name, getattr(self, name), 1)
-        _least("samples", self.samples, 2)
-        # At 0 the K answers would be one, and log-probabilities those of no distribution.
-        _above("temperature", min(self.temperature.start, self.temperature.end), 0)
-        for name in ("max_lag", "segment_tokens", "cache_tokens"):
-            _least(name, getattr(self, name), 0)
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p {self.top_p} must be above 0 and at most 1")
-        if self.segment_tokens and not self.max_lag:
-            raise ValueError(
-                "segment_tokens needs max_lag of 1 or more: an answer that goes on in the next "
-                "iteration has tokens of two versions"
-            )
+            least(name, getattr(self, name), 0)
+        least("length_from_step", self.length_from_step, 0)
 
 
 @dataclass(frozen=True)
@@ -138,72 +104,8 @@ class Ptx:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        _above("weight", self.weight, 0)
-        _least("rows", self.rows, 1)
-
-
-@dataclass(frozen=True)
-class CriticRules:
-    """The policy as critic: of ``open_ranked`` prompts, and of its own verified answers.
-
-    Attributes:
-        rubrics: names, or files of one's own.
-        prompt: ``pairwise``, ``compact`` for models of a few million weights, or a file.
-        tasks: ``critic_pairs`` tasks a step from the policy's verified answers; 0: no closed loop.
-        pairs_per_task: asked in one answer, all of which must be right.
-        max_tokens: of a critic's answer.
-        watch: JSONL of ``{"question", "first", "second"}``: the policy's verdicts on them are
-            compared with a frozen judge's (``--k2-rl-judge-url``, else the policy's own at the
-            run's first step); empty: nobody watches.
-        watch_every: steps.
-        watch_least: share of agreement below which, 95 % interval and all, the critic diverged.
-        watch_stops: a critic that diverged ends the run, instead of being logged.
-    """
-
-    rubrics: tuple[str, ...] = ("core", "prescriptive")
-    prompt: str = "pairwise"
-    tasks: int = 0
-    pairs_per_task: int = 3
-    max_tokens: int = 512
-    watch: str = ""
-    watch_every: int = 25
-    watch_least: float = 0.6
-    watch_stops: bool = False
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        _least("tasks", self.tasks, 0)
-        for name in ("pairs_per_task", "max_tokens", "watch_every"):
-            _least(name, getattr(self, name), 1)
-        if not 0 < self.watch_least <= 1:
-            raise ValueError(f"watch_least {self.watch_least} must be above 0 and at most 1")
-
-
-@dataclass(frozen=True)
-class Source:
-    """Tasks of one environment.
-
-    Attributes:
-        name: in the registry (``tools/gym.py list``).
-        weight: share of the prompts.
-        tasks: JSONL of tasks (``tools/curate_tasks.py``); empty: the environment's own.
-        num_tasks: at most so many; 0: all.
-        system: message of the system before every task's own; empty: none, and a format may put
-            its default.
-        options: further arguments of the environment's ``load``.
-    """
-
-    name: str
-    weight: float = 1.0
-    tasks: str = ""
-    num_tasks: int = 0
-    system: str = ""
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        _above("weight", self.weight, 0)
-        _least("num_tasks", self.num_tasks, 0)
+        above("weight", self.weight, 0)
+        least("rows", self.rows, 1)
 
 
 @dataclass(frozen=True)
@@ -220,8 +122,8 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        _least("every", self.every, 0)
-        _least("tasks", self.tasks, 1)
+        least("every", self.every, 0)
+        least("tasks", self.tasks, 1)
 
 
 @dataclass(frozen=True)
@@ -249,16 +151,18 @@ class Run:
     objective: Objective = field(default_factory=Objective)
     rewards: Rewards = field(default_factory=Rewards)
     rollout: Rollout = field(default_factory=Rollout)
+    repetition: Loops = field(default_factory=Loops)
     ptx: Ptx = field(default_factory=Ptx)
     critic: CriticRules = field(default_factory=CriticRules)
+    probing: Probing = field(default_factory=Probing)
     evaluation: Evaluation = field(default_factory=Evaluation)
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        _least("steps", self.steps, 1)
-        _least("seed", self.seed, 0)
-        _least("episodes_shown", self.episodes_shown, 0)
-        _one_of("priority", self.priority, ("uniform", "failures"))
+        least("steps", self.steps, 1)
+        least("seed", self.seed, 0)
+        least("episodes_shown", self.episodes_shown, 0)
+        one_of("priority", self.priority, ("uniform", "failures"))
         for share in (self.curriculum.start, self.curriculum.end):
             if not 0 < share <= 1:
                 raise ValueError(f"curriculum {share} must be above 0 and at most 1")
@@ -267,18 +171,13 @@ class Run:
         names = [source.name for source in self.environments]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"[[environments]] {twice[0]!r} is there twice")
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} {value!r} is none of {', '.join(allowed)}")
-
-
-def _above(name: str, value: float, bound: float) -> None:
-    if not value > bound:
-        raise ValueError(f"{name} {value} must be above {bound}")
-
-
-def _least(name: str, value: float, bound: float) -> None:
-    if not value >= bound:
-        raise ValueError(f"{name} {value} must be {bound} or more")
+        if not self.objective.train_even_groups and self.rollout.max_lag:
+            raise ValueError(
+                f"[objective] train_even_groups false needs max_lag 0, not {self.rollout.max_lag}: "
+                "tokens of older weights have a log-ratio that is not 0"
+            )
+        if self.probing.tasks and ("instructions" not in names or self.rollout.max_lag):
+            raise ValueError(
+                f"[probing] tasks {self.probing.tasks} needs [[environments]] 'instructions', "
+                "whose verdicts it counts, and max_lag 0"
+            )

@@ -20,6 +20,7 @@ from megatron_k2.gym.base import RIGHT
 from megatron_k2.rl.batch_loss import Batch, make_batch
 from megatron_k2.rl.colocated import ColocatedEngine
 from megatron_k2.rl.critic.in_run import RunCritic
+from megatron_k2.rl.curation.probing import ProbingTasks
 from megatron_k2.rl.curation.sampler import TaskSampler
 from megatron_k2.rl.episode import Group
 from megatron_k2.rl.evaluate import Evaluator
@@ -32,6 +33,7 @@ from megatron_k2.rl.outcome import (
     summary,
     trained_samples,
 )
+from megatron_k2.rl.progress import progress_line
 from megatron_k2.rl.ptx import PtxRows
 from megatron_k2.rl.rollout.episode_log import EpisodeLog
 from megatron_k2.rl.rollout.scheduler import Rollouts
@@ -53,6 +55,7 @@ class Parts:
         rollouts: on the leader of a copy, else None.
         sampler: of prompts; the same on every rank.
         critic: on a leader, where the run has open prompts or a closed loop; else None.
+        probing: on a leader, where the run asks for instructions that fail; else None.
         updater: takes optimizer steps.
         evaluator: asks held-out tasks; None: the run has no evaluation.
         ptx: rows of curated text; None: no PTX loss.
@@ -67,6 +70,7 @@ class Parts:
     rollouts: Rollouts | None
     sampler: TaskSampler
     critic: RunCritic | None
+    probing: ProbingTasks | None
     updater: Updater
     evaluator: Evaluator | None
     ptx: PtxRows | None
@@ -95,11 +99,17 @@ class Trainer:
             copy = parts.engine.copy
             if parts.rollouts is not None:
                 parts.rollouts.load_state_dict(parts.folder.load_state(first, f"rollouts_{copy}"))
-            if parts.critic is not None:
-                parts.critic.load_state_dict(parts.folder.load_state(first, f"critic_{copy}"))
+            for name, part in self._stateful:
+                part.load_state_dict(parts.folder.load_state(first, f"{name}_{copy}"))
         parts.folder.begin(first)
         if parts.episodes is not None:
             parts.episodes.rewind(first)
+
+    @property
+    def _stateful(self) -> list[tuple[str, Any]]:
+        """What adds tasks of its own, by name."""
+        found = [("critic", self._parts.critic), ("probing", self._parts.probing)]
+        return [(name, part) for name, part in found if part is not None]
 
     @property
     def _sampler_state(self) -> str:
@@ -165,10 +175,12 @@ class Trainer:
         self, play: Play, step: int
     ) -> Callable[[], Coroutine[Any, Any, tuple[list[Group], dict[str, float]]]]:
         """Play, and have the critic judge what was played."""
-        critic = self._parts.critic
+        critic, probing = self._parts.critic, self._parts.probing
 
         async def work() -> tuple[list[Group], dict[str, float]]:
             groups = await play()
+            if probing is not None:
+                probing.add(groups)
             return groups, {} if critic is None else await critic.judge(groups, step)
 
         return work
@@ -181,6 +193,8 @@ class Trainer:
         own = [task for task, _ in drawn[parts.engine.copy :: copies]]
         if parts.critic is not None:
             own += parts.critic.tasks(step, copies)
+        if parts.probing is not None:
+            own += parts.probing.tasks(step)
 
         async def play() -> list[Group]:
             assert parts.rollouts is not None
@@ -207,7 +221,7 @@ class Trainer:
 
     def _batch(self, outcomes: Sequence[GroupOutcome], step: int) -> Batch:
         parts = self._parts
-        samples = trained_samples(outcomes)
+        samples = trained_samples(outcomes, self._run.objective.train_even_groups)
         if not samples:
             raise RuntimeError(f"step {step}: no episode could be judged; see rl/rollouts_*")
         rows = episode_rows(samples, parts.seq_length)
@@ -241,9 +255,8 @@ class Trainer:
             state = parts.rollouts.state_dict()
             parts.folder.save_state(step, name, state)
             self._saved.append(state)
-        if parts.critic is not None:
-            name = f"critic_{parts.engine.copy}"
-            parts.folder.save_state(step, name, parts.critic.state_dict())
+        for name, part in self._stateful:
+            parts.folder.save_state(step, f"{name}_{parts.engine.copy}", part.state_dict())
         torch.distributed.barrier()
         parts.save(step)
         if parts.rollouts is not None and len(self._saved) > KEPT:
@@ -270,18 +283,14 @@ class Trainer:
         figures |= asdict(rolled) | asdict(last) | times
         if self._noted:
             figures["critic"] = self._noted
+        if self._parts.probing is not None:
+            figures["probing"] = self._parts.probing.scalars()
         if self._parts.rollouts is not None:
             figures["rollouts"] = self._parts.rollouts.metrics.figures()
         figures |= {"gap_nats": updates[0].gap_nats, "rows": len(batch.rows)}
         self._parts.folder.write(figures)
         left_s = sum(times.values()) * (self._run.steps - step - 1)
-        _say(
-            f"step {step:5d} | score {rolled.score:.3f} | reward {rolled.reward:+.3f} | tokens "
-            f"{rolled.length:.1f} | loss {last.loss:.3g} | ptx {last.ptx_nats:.3f} | kl "
-            f"{last.kl_nats:.2g} | gap {updates[0].gap_nats:.1g} | grad {last.grad_norm:.2g} | "
-            f"rollout {times['rollout_s']:.2f} s | train {times['train_s']:.2f} s | sync "
-            f"{times['sync_s']:.2f} s | about {left_s / 60:.0f} min left"
-        )
+        _say(progress_line(step, rolled, updates, times, left_s))
 
     def _temperature(self, step: int) -> float:
         return self._run.rollout.temperature.at(step)

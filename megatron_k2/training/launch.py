@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -126,6 +126,7 @@ def run_command(
     log: Path,
     tokens_per_iteration: int = 0,
     lock: int | None = None,
+    show: Callable[[str], None] | None = None,
 ) -> RunLog:
     """Run a command that starts training processes, and wait for it.
 
@@ -135,6 +136,7 @@ def run_command(
         log: as for ``run_module``, and so are the rest, the result and what is raised.
         tokens_per_iteration: see there.
         lock: see there.
+        show: also gets every line.
     """
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
@@ -145,7 +147,7 @@ def run_command(
         errors="replace",
         env=environment,
         pass_fds=() if lock is None else (lock,),
-        preexec_fn=_end_with_parent,
+        preexec_fn=end_with_parent,
         start_new_session=True,
     )
     result, tail, refused, ended = RunLog(), [""], "", False
@@ -154,6 +156,8 @@ def run_command(
         for line in process.stdout:
             file.write(line)
             file.flush()
+            if show is not None:
+                show(line)
             ended = ended or _TORCHRUN_ENDS in line
             tail = tail if ended else [*tail[-LAST_LINES:], line]
             if found := _USER_ERROR.search(line):
@@ -182,7 +186,7 @@ def _read_line(line: str, result: RunLog, tokens_per_iteration: int) -> None:
             print(f"  held-out loss {validation[1]:.3f} at step {validation[0]}", flush=True)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Ask the kernel (Linux) to send SIGTERM to the child when its parent dies."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

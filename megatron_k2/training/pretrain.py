@@ -320,7 +320,7 @@ def main() -> None:
 
 
 def cli() -> int:
-    """Register K2 and run ``main``: the entry point of ``megatron-k2-pretrain``."""
+    """Register K2 and run ``main``: the command ``megatron-k2 pretrain``."""
     return run_as_command(main)
 
 

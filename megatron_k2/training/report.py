@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_k2.training.events import read_events
 from megatron_k2.training.job import HELDOUT_NAME
 
 TRAIN_TAG = "lm loss"
@@ -48,14 +49,7 @@ def read_scalars(folder: Path, tag: str) -> dict[int, float]:
         folder: holds the event files of one run, resumed any number of times.
         tag: for example "lm loss".
     """
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    accumulator.Reload()
-    if tag not in accumulator.Tags()["scalars"]:
-        return {}
-    events = sorted(accumulator.Scalars(tag), key=lambda event: event.wall_time)
-    return {event.step: event.value for event in events}
+    return read_events(folder).scalars.get(tag, {})
 
 
 def plot_losses(

@@ -21,8 +21,10 @@ from typing import Any
 from megatron_k2.inputs import UsageError
 from megatron_k2.rl.run_file import read_run
 from megatron_k2.rl.run_tables import Run
+from megatron_k2.rl.services import POLICY
 from megatron_k2.training.command_line import run_as_command
 from megatron_k2.training.pretrain import embedding_ranks
+from megatron_k2.training.rl_inputs import Inputs, read_inputs
 
 RL_DEFAULTS: dict[str, Any] = {
     "tokenizer_type": "KimiTiktokenTokenizer",
@@ -50,7 +52,8 @@ def add_rl_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--k2-rl-judge-url",
         default="",
         metavar="URL",
-        help="OpenAI-compatible server for environments that need a judge.",
+        help="OpenAI-compatible server for environments that need a judge; or the word policy: the "
+        "weights under training judge themselves, which nothing watches but [critic] watch.",
     )
     group.add_argument("--k2-rl-judge-model", default="", metavar="NAME", help="Its model's name.")
     group.add_argument(
@@ -59,6 +62,20 @@ def add_rl_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="URL",
         help="Sandbox server (megatron_k2/gym/sandbox/server.py) for environments with programs; "
         "its token is in K2_SANDBOX_TOKEN. Without it a local backend is looked for.",
+    )
+    group.add_argument(
+        "--k2-rl-ray-actors",
+        type=int,
+        default=0,
+        metavar="N",
+        help="Ray actors an engine, spread over the cluster's hosts: environments, sandboxes and "
+        "judges work there, over the trainer's own engine by HTTP. 0: all in the leader.",
+    )
+    group.add_argument(
+        "--k2-rl-ray-address",
+        default="",
+        metavar="ADDRESS",
+        help="Of the Ray cluster; without it each leader starts one of its own machine.",
     )
     parser.set_defaults(**RL_DEFAULTS)
     return parser
@@ -82,16 +99,35 @@ def check_rl_args(args: Any) -> None:
         raise UsageError("--moe-aux-loss-coeff: RL has no balance loss; leave it out")
     if args.pipeline_model_parallel_size > 1:
         raise UsageError(
-            "--pipeline-model-parallel-size: the local engine holds all layers on a rank; use "
-            "tensor, expert or data parallelism"
-        )
-    if args.context_parallel_size > 1:
-        raise UsageError(
-            f"--context-parallel-size {args.context_parallel_size}: the local engine holds whole "
-            "sequences on a rank; use tensor, expert or data parallelism"
+            f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size}: the engine "
+            "computes with the trainer's own weights and needs all layers on a rank, where a "
+            "pipeline has a stage of them; use tensor, expert, context or data parallelism"
         )
     if args.lr is None:
         raise UsageError("no learning rate: give --lr")
+    if args.k2_rl_ray_actors < 0:
+        raise UsageError(f"--k2-rl-ray-actors {args.k2_rl_ray_actors}: must be 0 or more")
+    if args.k2_rl_ray_address and not args.k2_rl_ray_actors:
+        raise UsageError("--k2-rl-ray-address: give --k2-rl-ray-actors too")
+
+
+def check_run(args: Any, run: Run) -> None:
+    """Check what flags and run file say together.
+
+    Raises:
+        UsageError: they do not go together.
+    """
+    if args.k2_rl_ray_actors and run.rollout.max_lag:
+        raise UsageError(
+            "--k2-rl-ray-actors: they play whole batches; --k2-rl-run: [rollout] max_lag must be 0"
+        )
+    if args.k2_rl_judge_url == POLICY and run.rollout.max_lag:
+        raise UsageError(
+            f"--k2-rl-judge-url {POLICY}: a judgement would go on while the weights change; "
+            "--k2-rl-run: [rollout] max_lag must be 0"
+        )
+    if run.critic.tasks and run.rollout.max_lag:
+        raise UsageError("--k2-rl-run: [critic] tasks need [rollout] max_lag 0")
 
 
 def train() -> None:
@@ -105,13 +141,15 @@ def train() -> None:
     args = parse_and_validate_args(add_rl_args, args_defaults={"train_iters": 1})
     check_rl_args(args)
     run = read_run(args.k2_rl_run)
+    check_run(args, run)
+    inputs = read_inputs(run, args)
     args.train_iters = run.steps * run.objective.updates
     args.lr_decay_iters = args.lr_decay_iters or args.train_iters
     args.moe_enable_routing_replay = run.objective.replay_routing
-    _run(args, run)
+    _run(args, run, inputs)
 
 
-def _run(args: Any, run: Run) -> None:
+def _run(args: Any, run: Run, inputs: Inputs) -> None:
     from megatron.core.enums import ModelType
     from megatron.training import get_args
     from megatron.training.argument_utils import (
@@ -146,7 +184,7 @@ def _run(args: Any, run: Run) -> None:
         if args.save:
             save_checkpoint(step, chunks, optimizer, scheduler, 0)
 
-    trainer = make_trainer(args, run, chunks, optimizer, scheduler, groups, save)
+    trainer = make_trainer(args, run, inputs, chunks, optimizer, scheduler, groups, save)
     trainer.train(args.save_interval or 0)
 
 

@@ -185,7 +185,7 @@ def main() -> None:
 
 
 def cli() -> int:
-    """Register K2 and run ``main``: the entry point of ``megatron-k2-sample``."""
+    """Register K2 and run ``main``: the command ``megatron-k2 sample``."""
     return run_as_command(main)
 
 

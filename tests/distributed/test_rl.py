@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_k2.compat import optional
 from tests.distributed.matrix import evidence_apart
 from tests.distributed.pool import Pool
 from tests.distributed.rl_environment import NAME
@@ -102,10 +103,12 @@ LAYOUTS = {
     "TP2": (2, ["--tensor-model-parallel-size=2", "--sequence-parallel"]),
     "EP2": (2, ["--expert-model-parallel-size=2"]),
     "DP2, two engines": (2, []),
+    "CP2, an engine a rank": (2, ["--context-parallel-size=2"]),
 }
+EVIDENCE = ["EP2", "DP2, two engines", "CP2, an engine a rank"]
 
 
-@pytest.mark.parametrize("layout", evidence_apart(LAYOUTS, ["EP2", "DP2, two engines"]))
+@pytest.mark.parametrize("layout", evidence_apart(LAYOUTS, EVIDENCE))
 def test_every_layout_rolls_out_and_trains_alike(
     files: dict[str, Path], plain: list[dict[str, Any]], tmp_path: Path, layout: str
 ) -> None:
@@ -115,6 +118,31 @@ def test_every_layout_rolls_out_and_trains_alike(
         assert one["gap_nats"] <= 1e-5
         for name in FIGURES:
             assert one[name] == pytest.approx(wanted[name], rel=SAME, abs=1e-7), (layout, name)
+
+
+@pytest.mark.evidence  # a minute of starting Ray
+def test_rays_actors_play_the_same_episodes(
+    files: dict[str, Path], plain: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    if not optional("ray").usable:
+        pytest.skip(f"Ray is not usable: {optional('ray').cause}")
+    found = ended(start(files, tmp_path, "--k2-rl-ray-actors=2"), tmp_path)
+    for one, wanted in zip(found, plain, strict=True):
+        assert one["gap_nats"] <= 1e-5 and one["num_unjudged"] == 0
+        for name in FIGURES:
+            assert one[name] == pytest.approx(wanted[name], rel=SAME, abs=1e-7), name
+
+
+@pytest.mark.evidence
+def test_the_critics_accuracy_is_measured_on_its_own_held_out_answers(
+    files: dict[str, Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "critic.toml"
+    rules = '[critic]\nprompt = "compact"\naccuracy_every = 2\naccuracy_tasks = 2\n'
+    run.write_text(RUN + rules + "max_tokens = 8\n")
+    found = ended(start({**files, "run": run}, tmp_path / "save"), tmp_path / "save")
+    measured = ["held_out/pairs" in one.get("critic", {}) for one in found]
+    assert measured == [True, False, True]
 
 
 @pytest.mark.evidence
@@ -142,8 +170,22 @@ def test_the_policy_ranks_open_answers_of_the_same_batch(
         assert 0 < one["score_by_env"]["open_ranked"] < 1
 
 
+def test_a_pipelines_last_stage_sums_sequences_and_all_stages_get_their_gradients(
+    pool: Pool,
+) -> None:
+    """The engine refuses pipelines, so the runner does; the loss itself is right there too."""
+    job = "tests.distributed.rl_job:by_schedule"
+    (whole,) = pool.run(job, 1, layout=dict(pipeline_model_parallel_size=1), kwargs=dict(pp=1))
+    stages = pool.run(job, 2, layout=dict(pipeline_model_parallel_size=2), kwargs=dict(pp=2))
+    assert stages[0]["sums"] == {} and stages[1]["sums"] == pytest.approx(whole["sums"], rel=1e-6)
+    gradients = stages[0]["gradients"] | stages[1]["gradients"]
+    assert gradients.keys() == whole["gradients"].keys()
+    for name, gradient in whole["gradients"].items():
+        apart = np.linalg.norm(gradients[name] - gradient)
+        assert apart <= SAME / 2 * np.linalg.norm(gradient), name
+
+
 def test_sums_of_a_sequence_reach_over_context_parallel_ranks(pool: Pool) -> None:
-    """The engine refuses CP, so the runner does; the loss itself is right there too."""
     job = "tests.distributed.rl_job:loss_and_gradients"
     (whole,) = pool.run(job, 1, layout=dict(context_parallel_size=1), kwargs=dict(cp=1))
     for found in pool.run(job, 2, layout=dict(context_parallel_size=2), kwargs=dict(cp=2)):

@@ -23,6 +23,7 @@ FLOORS = {
     "journal": 1,
     "upstream_errors": 1,
     "host_library": 0,
+    "html_page": 0,
     "fp8": 1,
     "checkpoint": 2,
     "max_logit": 2,
@@ -41,7 +42,11 @@ FLOORS = {
     "agentic": 7,
     "training": 8,
     "planning": 9,
-    "__main__": 10,
+    "life": 9,
+    "doctor": 9,
+    "gpu_check": 10,
+    "commands": 10,
+    "__main__": 11,
 }
 OPTIONAL_PACKAGES = {"transformer_engine", "apex", "amp_C", "emerging_optimizers", "ray"}
 VERSION_READERS = {"importlib.metadata", "pkg_resources"}

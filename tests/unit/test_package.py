@@ -1,74 +1,16 @@
-"""The wheel holds what the checkout has, and set-up survives what happens to set-ups."""
+"""Documents agree with the code, and set-up survives what happens to set-ups."""
 
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
-import zipfile
-from configparser import ConfigParser
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel built from a copy of the sources, so that the checkout stays clean."""
-    source = tmp_path_factory.mktemp("source")
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    ignore = shutil.ignore_patterns("__pycache__")
-    for name in ("megatron_k2", "patches"):
-        shutil.copytree(ROOT / name, source / name, ignore=ignore, symlinks=True)
-    (source / "megatron_k2" / "patches").unlink(missing_ok=True)
-    command = [sys.executable, "setup.py", "--quiet", "bdist_wheel", "--dist-dir", "dist"]
-    run = subprocess.run(command, cwd=source, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    (built,) = (source / "dist").glob("*.whl")
-    return built
-
-
-def test_wheel_holds_every_module_and_preset_of_the_checkout(wheel: Path) -> None:
-    held = set(zipfile.ZipFile(wheel).namelist())
-    modules = {p.relative_to(ROOT) for p in (ROOT / "megatron_k2").rglob("*.py")}
-    modules |= {"megatron_k2" / p.relative_to(ROOT) for p in (ROOT / "patches").rglob("*.py")}
-    presets = {p.relative_to(ROOT) for p in (ROOT / "megatron_k2" / "presets").glob("*.toml")}
-    assert {str(path) for path in modules | presets} - held == set()
-    assert not [name for name in held if name.startswith(("tests/", "tools/", "patches/"))]
-    assert any(name.endswith("licenses/LICENSE") for name in held)
-
-
-def test_console_scripts_name_functions_that_exist(wheel: Path) -> None:
-    archive = zipfile.ZipFile(wheel)
-    (path,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
-    parser = ConfigParser()
-    parser.read_string(archive.read(path).decode())
-    scripts = dict(parser["console_scripts"])
-    assert "megatron-k2-pretrain-text" in scripts
-    assert scripts["megatron-k2-pretrain"].endswith(":cli")  # registers K2; main alone does not
-    for target in scripts.values():
-        module, _, function = target.partition(":")
-        assert f"def {function}(" in archive.read(module.replace(".", "/") + ".py").decode()
-
-
-def test_the_unpacked_wheel_finds_its_patches_and_presets(wheel: Path, tmp_path: Path) -> None:
-    zipfile.ZipFile(wheel).extractall(tmp_path)
-    code = (
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-        "import importlib.util, megatron_k2, megatron_k2.presets as presets\n"
-        "patches = importlib.util.find_spec('megatron_k2.patches').origin\n"
-        "print(megatron_k2.__file__, len(presets.list_presets()), patches)"
-    )
-    run = subprocess.run(
-        [sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True
-    )
-    package, num_presets, patches = run.stdout.split()
-    assert Path(package).is_relative_to(tmp_path) and Path(patches).is_relative_to(tmp_path)
-    assert int(num_presets) == len(list((ROOT / "megatron_k2" / "presets").glob("*.toml")))
 
 
 def test_documents_agree_with_the_code() -> None:

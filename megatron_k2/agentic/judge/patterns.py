@@ -7,7 +7,7 @@ where a pattern names no outcome.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from megatron_k2.agentic.judge.words import close, holds_number, holds_words, parsed
@@ -23,7 +23,7 @@ def matches(pattern: Pattern, call: Call, outcomes: Sequence[str] = DONE) -> boo
     """Return whether a call is as a pattern says.
 
     Args:
-        pattern: ``tool``, ``arguments``, ``outcome``, each optional.
+        pattern: ``tool``, ``arguments``, ``outcome``, ``returned``, each optional.
         call: of a trajectory.
         outcomes: where the pattern names none.
     """
@@ -31,7 +31,30 @@ def matches(pattern: Pattern, call: Call, outcomes: Sequence[str] = DONE) -> boo
         call.outcome in (pattern.get("outcome") or outcomes)
         and is_tool(pattern.get("tool"), call.name)
         and has_arguments(pattern.get("arguments") or {}, call.arguments)
+        and has_returned(pattern.get("returned") or (), call.content)
     )
+
+
+def has_returned(wanted: Sequence[Any], content: str) -> bool:
+    """Return whether all wanted values stand in a result: anywhere in JSON, or as words of text."""
+    if not wanted:
+        return True
+    value = parsed(content)
+    if not isinstance(value, Mapping | list):
+        return all(holds_words(content, str(one)) for one in wanted)
+    found = list(_leaves(value))
+    return all(any(same(one, other) for other in found) for one in wanted)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """Yield the texts, numbers and the like in a JSON value."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if not isinstance(value, list):
+        yield value
+        return
+    for one in value:
+        yield from _leaves(one)
 
 
 def is_tool(wanted: str | Sequence[str] | None, name: str) -> bool:

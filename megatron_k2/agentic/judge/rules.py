@@ -153,7 +153,7 @@ def _of_missing(pattern: Mapping[str, Any], trajectory: Trajectory) -> str:
     made = trajectory.made
     tool, arguments = pattern.get("tool"), pattern.get("arguments") or {}
     if tool is not None and any(is_tool(tool, call.name) for call in made):
-        return "wrong_argument" if arguments else "skipped_step"
+        return "wrong_argument" if arguments or pattern.get("returned") else "skipped_step"
     if arguments and any(_is_meant(arguments, call) for call in made):
         return "wrong_tool"
     return "skipped_step"

@@ -16,7 +16,7 @@ from megatron_k2.agentic.records import Criterion, Tool
 from megatron_k2.agentic.world.conditions import WORDS as OPERATORS
 from megatron_k2.agentic.world.predicates import check_predicate
 
-PATTERN = frozenset({"tool", "arguments", "outcome"})
+PATTERN = frozenset({"tool", "arguments", "outcome", "returned"})
 FIELDS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "called": (frozenset(), PATTERN | {"count"}),
     "order": (frozenset({"tools"}), frozenset()),
@@ -105,6 +105,9 @@ def _pattern(tools: Tools, pattern: Any) -> Iterator[str]:
     outcomes = pattern.get("outcome", ["ok"])
     if not _is_texts(outcomes) or not outcomes or not set(outcomes) <= set(ANY):
         yield f"outcome {outcomes!r} must be a list of {', '.join(ANY)}"
+    returned = pattern.get("returned", [])
+    if not _is_list(returned) or not all(isinstance(one, str | int | float) for one in returned):
+        yield f"returned {returned!r} must be a list of texts or numbers"
 
 
 def _called(tools: Tools, check: Mapping[str, Any]) -> Iterator[str]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from megatron_k2.agentic.model import Model, Question, Refused, Reply
 
 QUESTIONS, PROMPT_TOKENS, COMPLETION_TOKENS = "questions", "prompt tokens", "completion tokens"
+ANSWERS = "answers of"  # a model, by the name that it gave itself, or had in the recording
 
 
 @dataclass
@@ -54,6 +55,7 @@ class CountedModel:
         count(f"{QUESTIONS} {question.kind}")
         count(f"{PROMPT_TOKENS} {question.kind}", reply.prompt_tokens)
         count(f"{COMPLETION_TOKENS} {question.kind}", reply.completion_tokens)
+        count(f"{ANSWERS} {reply.model}")
         return reply
 
     async def close(self) -> None:

@@ -68,7 +68,7 @@ class ScriptedModel:
             await self._budget.settle(most, spent)
             if attempt:
                 attempt.journal.settled(number, spent, "")
-        return Reply(message, prompt, completion, NAME)
+        return Reply(message, prompt, completion, NAME, str(question.script.get("mistake") or ""))
 
     async def close(self) -> None:
         """Nothing is held open."""

@@ -8,13 +8,14 @@ and where all of it comes from. The same data gives the same bytes.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_k2.agentic.judge.reasons import REASONS
-from megatron_k2.agentic.output.figures import Outcome, by_faults, rates
-from megatron_k2.agentic.output.html_parts import (
+from megatron_k2.agentic.output.figures import Outcome, Rate, by_faults, rates
+from megatron_k2.agentic.output.samples import Sample, sample
+from megatron_k2.html_page.parts import (
     NONE,
     Html,
     bar,
@@ -22,12 +23,11 @@ from megatron_k2.agentic.output.html_parts import (
     noted,
     page,
     picture,
-    rate_table,
     section,
     table,
     tag,
+    text,
 )
-from megatron_k2.agentic.output.samples import Sample, sample
 
 SCRIPTED = "scripted"
 WARNING = (
@@ -129,15 +129,29 @@ def _coverage(data: ReportData) -> list[Html]:
 def _rates(data: ReportData) -> list[Html]:
     planted = [one for one in data.outcomes if one.planted]
     tables = [
-        rate_table("level", rates(data.outcomes, lambda one: [str(one.level)])),
-        rate_table("form", rates(data.outcomes, lambda one: [one.form])),
-        rate_table("execution", rates(data.outcomes, lambda one: [one.executed])),
-        rate_table("fault of a tool", rates(data.outcomes, by_faults)),
-        rate_table("planted mistake", rates(planted, lambda one: [one.planted])),
+        _rate_table("level", rates(data.outcomes, lambda one: [str(one.level)])),
+        _rate_table("form", rates(data.outcomes, lambda one: [one.form])),
+        _rate_table("execution", rates(data.outcomes, lambda one: [one.executed])),
+        _rate_table("fault of a tool", rates(data.outcomes, by_faults)),
+        _rate_table("planted mistake", rates(planted, lambda one: [one.planted])),
     ]
-    categories = rate_table("category", rates(data.outcomes, lambda one: [one.category]))
+    categories = _rate_table("category", rates(data.outcomes, lambda one: [one.category]))
     words = "Intervals: Wilson's, 95 %, in per cent. A trajectory with two faults is in two rows."
     return [tag("p", words, class_="soft"), tag("div", *tables, class_="pair"), categories]
+
+
+def _rate_table(head: str, found: Iterable[Rate]) -> Html:
+    """Return a table of pass rates with bars and 95 % intervals."""
+    rows = [
+        (
+            Html(text(one.name or NONE).replace("_", "_<wbr>")),
+            tag("span", bar(one.share), f" {one.share:.0%}", class_="line"),
+            tag("span", f"{one.passed:,} of {one.total:,}", class_="line"),
+            tag("span", f"{100 * one.low:.0f} to {100 * one.high:.0f}", class_="line"),
+        )
+        for one in found
+    ]
+    return table((head, "kept", "", "interval"), rows)
 
 
 def _reasons(data: ReportData) -> list[Html]:
@@ -154,8 +168,13 @@ def _reasons(data: ReportData) -> list[Html]:
 def _judges(data: ReportData) -> list[Html]:
     words = (
         "On criteria that rules could not decide, beyond chance. A dash: not defined, since all "
-        "votes are alike or there is one judge."
+        "votes are alike."
     )
+    if data.agreement.get("judges", 0) < 2:
+        words = (
+            "Not measured: it takes two judges (--judge-passes 2, or several of --model-for "
+            "judge=MODEL), and a criterion that rules leave open."
+        )
     rows = [(name.replace("_", " "), _said(value)) for name, value in data.agreement.items()]
     return [tag("p", words, class_="soft"), table(("figure", "value"), rows)]
 

@@ -83,6 +83,13 @@ def line(
     }
 
 
+def domain_of_servers(agent: Agent, tools: Sequence[Tool]) -> Domain:
+    """Return the domain of an agent of real servers: their state is files, of no types."""
+    names = ", ".join(agent.origin["real"])
+    words = f"MCP servers in the sandbox: {names}."
+    return Domain(agent.domain, tools[0].category, words, {"entities": {}})
+
+
 def _shared(
     task: AgentTask, agents: Mapping[str, Agent], by: Literal["world", "domain"]
 ) -> Iterator[str]:

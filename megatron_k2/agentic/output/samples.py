@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_k2.agentic.judge.transcript import shortened
-from megatron_k2.agentic.output.html_parts import NONE, Html, more, noted, table, tag
 from megatron_k2.agentic.records import Agent, AgentTask, Judgement, Trajectory
-
-LONGEST = 1_500  # characters of a message on the page
-MAX_TURNS = 60
+from megatron_k2.html_page.dialogue import LONGEST, turns
+from megatron_k2.html_page.parts import NONE, Html, more, noted, shortened, table, tag
 
 
 @dataclass(frozen=True)
@@ -35,41 +32,32 @@ def sample(one: Sample) -> Html:
     what = (
         f" · {one.agent.domain} · level {one.task.level} {form} · {len(one.trajectory.calls)} calls"
     )
-    return more(
-        tag("span", verdict, what),
+    return more(tag("span", verdict, what), *sample_body(one))
+
+
+def sample_body(one: Sample) -> list[Html]:
+    """Return what there is to read of a trajectory."""
+    return [
         tag("p", tag("b", "Goal: "), one.task.goal),
-        *_turns(one.trajectory),
+        *turns(one.trajectory.messages, _result(one.trajectory)),
         tag("h3", "Judgement"),
         _criteria(one),
         _provenance(one),
-    )
+    ]
 
 
-def _turns(trajectory: Trajectory) -> Iterator[Html]:
+def _result(trajectory: Trajectory) -> Callable[[Mapping[str, Any]], str]:
+    """Return what names the call that a tool's message answers."""
     calls = {call.call_id: call for call in trajectory.made}
-    for turn, message in enumerate(trajectory.messages[:MAX_TURNS]):
-        role = str(message["role"])
-        content = shortened(str(message.get("content") or ""), LONGEST)
-        if role == "system":
-            yield more("system prompt", tag("div", content, class_="said"))
-            continue
-        inside: list[Html] = []
-        head = role
-        if role == "tool":
-            call = calls.get(str(message.get("tool_call_id")))
-            if call is not None:
-                fault = f", fault {call.fault}" if call.fault else ""
-                head = f"tool · {call.name} · {call.outcome}{fault}"
-            inside.append(tag("pre", content))
-        elif content:
-            inside.append(tag("div", content, class_="said"))
-        for asked in message.get("tool_calls") or ():
-            function = asked["function"]
-            words = f"{function.get('name')} {shortened(str(function.get('arguments')), LONGEST)}"
-            inside.append(tag("pre", words))
-        yield tag("div", tag("b", f"{turn} {head}"), *inside, class_=f"turn {role}")
-    if len(trajectory.messages) > MAX_TURNS:
-        yield tag("p", f"{len(trajectory.messages) - MAX_TURNS} more messages.", class_="soft")
+
+    def named(message: Mapping[str, Any]) -> str:
+        call = calls.get(str(message.get("tool_call_id")))
+        if call is None:
+            return "tool"
+        fault = f", fault {call.fault}" if call.fault else ""
+        return f"tool · {call.name} · {call.outcome}{fault}"
+
+    return named
 
 
 def _criteria(one: Sample) -> Html:

@@ -1,10 +1,11 @@
 """Runs in the sandbox: starts the servers of a dialogue and carries their lines.
 
-They share one working directory. A line of input is ``NAME LINE`` for a server, or ``! state`` for
-the hash of the files; a line of output is ``NAME LINE`` of one, or ``! JSON``: that hash, or that a
-server ended, wrote too long a line or could not be started. At the end of input the servers' inputs
-close, and what has not ended soon is killed with the sandbox. The host trusts nothing that this
-program says: a server may have written it. The standard library alone; the source is the program.
+They share one working directory. A line of input is ``NAME LINE`` for a server, or ``! state N``
+for the hash of the files, which is answered with N; a line of output is ``NAME LINE`` of one, or
+``! JSON``: that hash, or that a server ended, wrote too long a line or could not be started. At the
+end of input the servers' inputs close, and what has not ended soon is killed with the sandbox. The
+host trusts nothing that this program says: a server may have written it. The standard library
+alone; the source is the program.
 """
 
 from __future__ import annotations
@@ -147,7 +148,7 @@ def main() -> None:
     for line in sys.stdin.buffer:
         name, _, rest = line.rstrip(b"\n").partition(b" ")
         if name == b"!":
-            tell("", "state", id=state())
+            tell("", "state", id=state(), number=int(rest.split()[-1]))
         elif server := servers.get(name.decode()):
             server.inbox.put(rest)
     for server in servers.values():

@@ -25,12 +25,14 @@ _INSIDE = Path(__file__).with_name("inside.py")
 class SessionLimits:
     """What the servers of a dialogue may use, all together; times are of each step.
 
-    The first server of a machine's life reads its files from the disk: ``start_s`` is for that.
+    The times are the clock's, on a machine that may have ten times the work it can do: a server
+    that hangs is ended by them, one that is slow must not be. The first server of a machine's life
+    reads its files from the disk besides.
     """
 
-    start_s: float = 60.0
-    list_s: float = 20.0
-    call_s: float = 20.0
+    start_s: float = 180.0
+    list_s: float = 120.0
+    call_s: float = 120.0
     line_bytes: int = 1 << 20
     pages: int = 20
     tools: int = 512
@@ -38,7 +40,7 @@ class SessionLimits:
     result_chars: int = 16_384
     sandbox: Limits = field(
         default_factory=lambda: Limits(
-            wall_s=900.0,
+            wall_s=3600.0,
             cpu_s=300.0,
             memory_bytes=1 << 30,
             num_processes=128,  # node starts eleven threads
@@ -69,7 +71,8 @@ class Session:
         self.failure = ""  # of the set-up, which is ours
         self._process, self._max_line = process, max_line
         self._lines: dict[str, asyncio.Queue[bytes | None]] = {n: asyncio.Queue() for n in names}
-        self._states: asyncio.Queue[str | None] = asyncio.Queue()
+        self._states: asyncio.Queue[tuple[int, str] | None] = asyncio.Queue()
+        self._num_states = 0
         self._closing = self._over = False
         self._writing = asyncio.Lock()
         self._reader = asyncio.create_task(self._read())
@@ -94,14 +97,16 @@ class Session:
     async def state(self, timeout_s: float) -> str:
         """Return the hash of the files; "" where it cannot be had."""
         try:
+            self._num_states += 1
             async with asyncio.timeout(timeout_s):
-                await self.send("!", b"state")
-                found = await self._states.get()
+                await self.send("!", b"state %d" % self._num_states)
+                while (found := await self._states.get()) is not None:
+                    if found[0] == self._num_states:  # no late answer to an earlier question
+                        return found[1]
         except (TimeoutError, BrokenPipeError):
             return ""
-        if found is None:
-            self._states.put_nowait(None)
-        return found or ""
+        self._states.put_nowait(None)
+        return ""
 
     async def close(self, grace_s: float = 3.0) -> Result:
         """End all; return the files that are left.
@@ -145,7 +150,7 @@ class Session:
 
     def _note(self, told: Mapping[str, Any]) -> None:
         if told["what"] == "state":
-            self._states.put_nowait(str(told["id"])[:64])
+            self._states.put_nowait((int(told["number"]), str(told["id"])[:64]))
             return
         if told["what"] == "setup_failed":
             self.failure = str(told["words"])

@@ -28,11 +28,12 @@ from megatron_k2.gym.sandbox.base import Sandbox, SandboxError
 if TYPE_CHECKING:
     from megatron_k2.agentic.real.client import Connection
 
-_STATE_S = 10.0
+_STATE_S = 120.0  # as a call may take: a machine under load
 CUT = "\n[... cut: {} more characters]"
 # A result that gives orders is passed on as it is, and marked in the record: a policy has to
 # learn to read it as data.
 MARK = "orders"
+TIMES = ("start_timeout", "list_timeout", "call_timeout")  # of ``reports.REASONS``
 
 
 class RealToolbox:
@@ -95,6 +96,17 @@ class RealToolbox:
         The programs have to have ended: until then nothing is final.
         """
         return self._evidence
+
+    @property
+    def was_disturbed(self) -> bool:
+        """Return whether a time limit was met or the sandbox failed: maybe the machine's load.
+
+        Known after ``close``.
+        """
+        late = any(reason in TIMES for _, reason in self.reports) or "failure" in self._evidence
+        checks = (self._evidence.get("checks") or {}).values()
+        slow = ("more than", "timeout")
+        return late or any(str(one["found"]).startswith(slow) for one in checks if not one["holds"])
 
     async def close(self) -> None:
         """End the servers, then look at what they left.

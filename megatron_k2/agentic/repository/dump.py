@@ -5,7 +5,8 @@ where tools stand under ``metadata.remote_server_response.tools`` if the server 
 else under ``server_info_crawled.tools``, often with a list of parameters instead of a schema; and
 ``{"name", "category", "tools"}`` with tools as MCP's ``tools/list`` gives them. Of two lists of the
 same server the reached one is taken. What cannot be used is left out and counted by its reason.
-One server is in memory at a time.
+One server is in memory at a time. A crawler's parameters are words of prose (``is_scraped``): valid
+schemas that say little, and often wrong ones.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ _TYPES = {
     **{"str": "string", "int": "integer", "float": "number", "bool": "boolean"},
     **{"dict": "object", "list": "array"},
 }
+SCRAPED = "crawled"
 _SCHEMA_KEYS = ("inputSchema", "input_schema", "parameters")
 
 
@@ -50,6 +52,11 @@ def read_dump(
                 yield from server_tools(server, name, dropped)
     except (OSError, EOFError, tarfile.TarError) as error:
         raise ValueError(f"--dump {path}: {error}") from error
+
+
+def is_scraped(tool: Tool) -> bool:
+    """Return whether a crawler made a tool's parameters from prose: no server declared them."""
+    return tool.origin.get("form") == SCRAPED
 
 
 def num_documents(path: Path) -> int:
@@ -184,7 +191,7 @@ def _read(server: Mapping[str, Any]) -> tuple[str, str, str, list[Any]]:
     found = next((one for one in names if one not in (None, "", "Not found")), None)
     category = _mapping(server.get("labels")).get("primary_label") or "unknown"
     tools = reached or _list(crawled.get("tools"))
-    return str(found or "unnamed"), str(category), "reached" if reached else "crawled", tools
+    return str(found or "unnamed"), str(category), "reached" if reached else SCRAPED, tools
 
 
 def _tool(given: Any, server: str, category: str, origin: Mapping[str, Any]) -> Tool:

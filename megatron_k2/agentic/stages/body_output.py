@@ -8,18 +8,25 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from megatron_k2.agentic.models.counted import COMPLETION_TOKENS, PROMPT_TOKENS, QUESTIONS
+from megatron_k2.agentic.models.counted import (
+    ANSWERS,
+    COMPLETION_TOKENS,
+    PROMPT_TOKENS,
+    QUESTIONS,
+)
 from megatron_k2.agentic.output import rejected, rl_tasks, sft
 from megatron_k2.agentic.output.figures import Outcome, choose, outcome
 from megatron_k2.agentic.output.provenance import trace
 from megatron_k2.agentic.output.report import ReportData, report
 from megatron_k2.agentic.output.samples import Sample
+from megatron_k2.agentic.real.prove import repeats
 from megatron_k2.agentic.records import Agent, AgentTask, Judgement, Record, Trajectory
 from megatron_k2.agentic.stages.layout import Manifest
 from megatron_k2.agentic.stages.work import Work
 
 PLAYED, JUDGED = "trajectories/trajectories.jsonl", "judge/judgements.jsonl"
 SAMPLES = 24  # trajectories on the page
+_WHO = re.compile(rf"{ANSWERS} (.+)")
 _COST = re.compile(rf"({QUESTIONS}|{PROMPT_TOKENS}|{COMPLETION_TOKENS}) (\S+)")
 
 
@@ -45,6 +52,10 @@ async def output_stage(work: Work) -> None:
     for side in ("train", "test"):
         lines = _task_lines(work, splits, side)
         work.counts[f"tasks, {side}"] = work.write(f"rl_tasks_{side}.jsonl", lines)
+        if args.real_servers:  # a file of their own: they need a sandbox and installed servers
+            lines = _real_lines(work, splits, side)
+            number = work.write(f"rl_real_tasks_{side}.jsonl", lines)
+            work.counts[f"tasks of real servers, {side}"] = number
 
 
 def _task_lines(
@@ -56,6 +67,19 @@ def _task_lines(
         domain = tables.domains.get(agent.domain)
         if splits[task.id] == side and domain is not None:
             tools = [tables.tools[one] for one in agent.tools]
+            yield rl_tasks.line(task, agent, domain, tools, splits[task.id])
+
+
+def _real_lines(
+    work: Work, splits: Mapping[str, rl_tasks.Split], side: str
+) -> Iterator[dict[str, Any]]:
+    """Yield the tasks of real servers that were played twice alike."""
+    tables = work.tables
+    for task in tables.tasks.values():
+        if repeats(task) and splits[task.id] == side:
+            agent = tables.agents[task.agent]
+            tools = [tables.tools[one] for one in agent.tools]
+            domain = rl_tasks.domain_of_servers(agent, tools)
             yield rl_tasks.line(task, agent, domain, tools, splits[task.id])
 
 
@@ -93,7 +117,9 @@ async def report_stage(work: Work) -> None:
         json.loads((out / "judge" / "agreement.json").read_text(encoding="utf-8")),
         _cost(made),
         _settings(made),
-        sorted({str(v) for one in made for k, v in one.settings.items() if _is_model(k)}),
+        sorted(
+            {match[1] for one in made for name in one.counts if (match := _WHO.fullmatch(name))}
+        ),
     )
     work.path("report.html").write_text(report(data), encoding="utf-8")
 
@@ -129,7 +155,8 @@ def _manifests(work: Work) -> list[Manifest]:
 
 
 def _plain(counts: Mapping[str, int]) -> dict[str, int]:
-    return {name: number for name, number in counts.items() if not _COST.fullmatch(name)}
+    hidden = (_COST, _WHO)  # they have tables of their own
+    return {k: n for k, n in counts.items() if not any(one.fullmatch(k) for one in hidden)}
 
 
 def _categories(work: Work) -> dict[str, dict[str, int]]:
@@ -156,7 +183,3 @@ def _settings(made: list[Manifest]) -> dict[str, Any]:
         found |= one.settings
         found |= {name: digest for name, digest in one.inputs.items() if name.startswith("--")}
     return found
-
-
-def _is_model(name: str) -> bool:
-    return name.startswith("--model of ")

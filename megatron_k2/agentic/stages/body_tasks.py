@@ -31,7 +31,7 @@ async def make_tasks_stage(work: Work) -> None:
             task = AgentTask.from_json(value)
             kept.setdefault(task.id, task)
         work.counts.update(made["dropped"] if made else {})
-    for task in real_tasks_of(work):
+    for task in await real_tasks_of(work):
         kept.setdefault(task.id, task)
     work.write(FILE, kept.values())
 

@@ -1,8 +1,10 @@
 """The stage ``tools``: a dump, live servers, evolution; then what is there twice goes.
 
-Real tools come first, so that an evolved one that repeats them is dropped; live servers keep all of
-theirs, however alike: they are what real tasks call. A dump's servers become
-domains with inferred operations where enough of their tools could be read (``world/inferred.py``).
+Real tools come first, those that a server declared before those that a crawler read, so that an
+evolved or a crawled one that repeats them is dropped; live servers in the sandbox keep all of
+theirs, however alike: they are what real tasks call. Servers of a dump or at an address become
+domains with inferred operations where enough of their tools could be read (``world/inferred.py``);
+tools scraped from prose, or whose words give a model orders, become none.
 """
 
 from __future__ import annotations
@@ -16,11 +18,17 @@ from typing import Any
 
 from megatron_k2.agentic.records import Domain, Tool
 from megatron_k2.agentic.repository.coverage import coverage, draw_coverage
-from megatron_k2.agentic.repository.dump import num_documents, read_dump
+from megatron_k2.agentic.repository.dump import is_scraped, num_documents, read_dump
 from megatron_k2.agentic.repository.duplicates import deduplicate
 from megatron_k2.agentic.repository.evolution import Settings, num_domains
 from megatron_k2.agentic.repository.growth import assemble, grow_domain, list_domains
-from megatron_k2.agentic.stages.body_real import harvested, wanted_servers
+from megatron_k2.agentic.stages.body_real import (
+    harvested,
+    harvested_by_http,
+    is_http,
+    wanted_servers,
+    wanted_urls,
+)
 from megatron_k2.agentic.stages.desk import Desk
 from megatron_k2.agentic.stages.work import Work
 from megatron_k2.agentic.world.inferred import infer
@@ -32,23 +40,27 @@ LEAST_OPERATIONS = 3  # of a server whose tools are simulated: fewer make no tas
 async def tools_stage(work: Work) -> None:
     """Make the repository of tools and their domains."""
     live = await _harvest(work)
-    dumped = await _dumped(work)
+    listed = [*await _harvest_http(work), *await _dumped(work)]
     domains, evolved = await _evolve(work)
-    unique = deduplicate([*live, *dumped, *evolved])
-    dropped = [one for one in unique.dropped if one.tool.source != "live"]
+    unique = deduplicate([*live, *listed, *evolved])
+    dropped = [one for one in unique.dropped if not _is_installed(one.tool)]
     for one in dropped:
         work.counts[f"{one.kind} duplicate"] += 1
     work.write("duplicates.jsonl", (
         {"tool": one.tool.to_json(), "of": one.of, "kind": one.kind, "similarity": one.similarity}
         for one in dropped
     ))  # fmt: skip
-    tools, inferred = _inferred([one for one in unique.kept if one.source != "live"])
+    kept = [one for one in unique.kept if not _is_installed(one)]
+    tools, inferred = _inferred(kept, work.args.scraped_tools == "use")
     tools = [*live, *tools]
     left = {tool.server for tool in tools}
     domains = [one for one in domains if one.id in left]
     work.write("domains.jsonl", [*domains, *inferred])
     for tool in tools:
         work.counts[f"source {tool.source}"] += 1
+        if tool.source == "dump":
+            how = "scraped from prose" if is_scraped(tool) else "declared by its server"
+            work.counts[f"source dump, {how}"] += 1
         work.counts["with an operation"] += tool.operation is not None
     work.counts["domains evolved"], work.counts["domains of servers"] = len(domains), len(inferred)
     work.write("tools.jsonl", tools)
@@ -68,11 +80,15 @@ async def _dumped(work: Work) -> list[Tool]:
     last = num_documents(path)
     starts = range(0, last, DOCUMENTS_A_UNIT if most is None else max(1, last))
     values = [[str(path.resolve()), one, min(last, one + starts.step), most] for one in starts]
-    found = []
+    found: list[Tool] = []
     for one in await work.map("dump", f"{__name__}:dump_of", values):
         work.counts.update(one["dropped"])
         found += [Tool.from_json(tool) for tool in one["tools"]]
-    return found
+    scraped = [tool for tool in found if is_scraped(tool)]
+    if work.args.scraped_tools == "drop" and scraped:
+        work.counts["dump dropped: parameters scraped from prose"] = len(scraped)
+        scraped = []
+    return [*(tool for tool in found if not is_scraped(tool)), *scraped]
 
 
 async def dump_of(desk: Desk, value: list[Any]) -> dict[str, Any]:
@@ -89,6 +105,25 @@ async def _harvest(work: Work) -> list[Tool]:
         work.counts.update(one["counts"])
         found += [Tool.from_json(tool) for tool in one["tools"]]
     return found
+
+
+async def _harvest_http(work: Work) -> list[Tool]:
+    found: list[Tool] = []
+    for one in await work.map("http", f"{__name__}:http_of", wanted_urls(work.args)):
+        work.counts.update(one["counts"])
+        found += [Tool.from_json(tool) for tool in one["tools"]]
+    return found
+
+
+async def http_of(desk: Desk, value: list[str]) -> dict[str, Any]:
+    """Do a unit: [name, address] of a server."""
+    tools, counts = await harvested_by_http(*value)
+    return {"tools": [tool.to_json() for tool in tools], "counts": counts}
+
+
+def _is_installed(tool: Tool) -> bool:
+    """Return whether a tool is of a live server that dialogues start in the sandbox."""
+    return tool.source == "live" and not is_http(tool)
 
 
 async def live_of(desk: Desk, name: str) -> dict[str, Any]:
@@ -125,11 +160,12 @@ async def domain_of(desk: Desk, seed: dict[str, Any]) -> dict[str, Any]:
     return await grow_domain(desk.model, settings_of(desk.args), seed)
 
 
-def _inferred(tools: Sequence[Tool]) -> tuple[list[Tool], list[Domain]]:
-    """Return the tools, those of a dump's servers with operations where they could be inferred."""
+def _inferred(tools: Sequence[Tool], uses_scraped: bool) -> tuple[list[Tool], list[Domain]]:
+    """Return the tools, those of servers with operations where they could be inferred."""
     servers: dict[str, list[Tool]] = {}
     for tool in tools:
-        if tool.source == "dump":
+        ordered = bool(tool.origin.get("injection"))
+        if tool.source != "evolved" and not ordered and (uses_scraped or not is_scraped(tool)):
             servers.setdefault(tool.server, []).append(tool)
     operated: dict[str, Tool] = {}
     domains = []

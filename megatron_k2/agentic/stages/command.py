@@ -7,20 +7,25 @@ import argparse
 from megatron_k2.agentic.stages.claim import is_run
 from megatron_k2.agentic.stages.layout import Layout
 from megatron_k2.agentic.stages.order import STAGES
+from megatron_k2.agentic.stages.run_engine import OpenCheckpoint
 from megatron_k2.agentic.stages.show import show
 from megatron_k2.agentic.stages.start import run_stages
 from megatron_k2.agentic.stages.status import status
 from megatron_k2.agentic.stages.verify import verify
 
 
-def run(args: argparse.Namespace) -> list[str]:
+def run(args: argparse.Namespace, open_checkpoint: OpenCheckpoint | None = None) -> list[str]:
     """Do a subcommand; return what failed, a line each.
+
+    Args:
+        args: of the command line.
+        open_checkpoint: opens Megatron's checkpoints for an engine that plays the policy.
 
     Raises:
         ValueError: a flag or an input that cannot be used.
     """
     if args.command == "run":
-        return run_stages(args, STAGES)
+        return run_stages(args, STAGES, open_checkpoint)
     if not is_run(args.out):
         raise ValueError(f"OUT {args.out}: holds no run")
     layout = Layout(args.out)

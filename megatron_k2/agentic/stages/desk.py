@@ -8,12 +8,11 @@ import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from megatron_k2.agentic.model import Model
 from megatron_k2.agentic.models.counted import CountedModel
-from megatron_k2.agentic.models.recorded import Answers, RecordedModel
+from megatron_k2.agentic.models.recorded import Answers, RecordedModel, Recording
 from megatron_k2.agentic.models.routed import RenamedModel
 from megatron_k2.agentic.records import Agent, AgentTask, Domain, Record, Tool
 from megatron_k2.agentic.stages.layout import Layout
@@ -63,14 +62,26 @@ class Tables:
 
     def read[T: Record](self, name: str, kind: type[T]) -> list[T]:
         """Return the records of a file, ``STAGE/FILE``."""
-        with (self.layout.out / name).open(encoding="utf-8") as file:
-            return [kind.from_json(json.loads(line)) for line in file]
+        with (self.layout.out / name).open("rb") as file:
+            return [kind.from_json(self._value(name, at, line)) for at, line in enumerate(file, 1)]
 
     def line(self, name: str, place: list[int]) -> Any:
         """Return the line of a file at (offset, bytes), of ``places``."""
         with (self.layout.out / name).open("rb") as file:
             file.seek(place[0])
-            return json.loads(file.read(place[1]))
+            return self._value(name, 0, file.read(place[1]))
+
+    def _value(self, name: str, number: int, line: bytes) -> Any:
+        """Return a line's value.
+
+        Raises:
+            ValueError: it is none.
+        """
+        try:
+            return json.loads(line)
+        except ValueError as error:
+            where = f"{self.layout.out / name}{f', line {number}' if number else ''}"
+            raise ValueError(f"{where} is no JSON ({error}); verify says what changed") from error
 
     def places(self, name: str) -> list[list[int]]:
         """Return where the lines of a file are: (offset, bytes) each."""
@@ -95,6 +106,7 @@ class Bench:
         records: whether new answers are recorded.
         num_judges: models that judge.
         units_under_way: at once.
+        open_checkpoint: opens the engine of ``--model-for policy=engine:PATH`` (``run_engine.py``).
     """
 
     args: argparse.Namespace
@@ -105,6 +117,7 @@ class Bench:
     records: bool = False
     num_judges: int = 1
     units_under_way: int = 1
+    open_checkpoint: Callable[[str, argparse.Namespace], Any] | None = None
     held: dict[str, asyncio.Future[Any]] = field(default_factory=dict)
     closers: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
 
@@ -113,10 +126,11 @@ class Bench:
         """Records of earlier stages."""
         return Tables(self.layout)
 
-    def desk(self, recording: Path) -> Desk:
-        """Return the desk of a part whose answers are recorded in a file, if any are."""
-        recorded = RecordedModel(self.asked, recording if self.records else None, self.known)
-        return Desk(self, recorded)
+    def desk(self, stage: str, step: str, part: int) -> Desk:
+        """Return the desk of a part, whose answers are recorded in a file of it, if any are."""
+        path = self.layout.answers(stage, step, part) if self.records else None
+        where = f"stage {stage}" if step == stage else f"stage {stage}, step {step}"
+        return Desk(self, Recording(path, self.known), where)
 
     async def close(self) -> None:
         """Close what was held open, then the models."""
@@ -130,10 +144,14 @@ class Bench:
 class Desk:
     """What the units of a part work with."""
 
-    def __init__(self, bench: Bench, recorded: RecordedModel) -> None:
-        self._bench, self._recorded = bench, recorded
-        self.args, self.tables = bench.args, bench.tables
-        self.model: Model = CountedModel(recorded)
+    def __init__(self, bench: Bench, recording: Recording, where: str) -> None:
+        self._bench, self.recording = bench, recording
+        self.args, self.tables, self.open_checkpoint = (
+            bench.args,
+            bench.tables,
+            bench.open_checkpoint,
+        )
+        self.model: Model = CountedModel(RecordedModel(bench.asked, recording, where))
 
     @property
     def judges(self) -> tuple[Model, ...]:
@@ -163,7 +181,7 @@ class Desk:
 
     def release(self) -> None:
         """Let another process have the recording."""
-        self._recorded.release()
+        self.recording.release()
 
 
 async def _close[T](made: asyncio.Future[T], close: Callable[[T], Awaitable[None]]) -> None:

@@ -1,8 +1,8 @@
-"""What a run would ask and cost, before it asks anything.
+"""What a run would ask and cost, before it asks anything: estimates, each with its basis.
 
 Units are counted exactly for a stage whose inputs are there, else from the sizes that were asked
-for. Questions and tokens of a unit are what a scripted run took, and a real model writes more: an
-order of magnitude, no more.
+for, of which some are dropped on the way. Questions and tokens of a unit are what a scripted run
+took, and a real model writes more: an order of magnitude, no more.
 """
 
 from __future__ import annotations
@@ -33,10 +33,15 @@ LOADS: Mapping[str, tuple[str, str, Load]] = {
     "policy": ("trajectories", "trajectories", Load(3.1, 1080, 40)),
     "judge": ("judge", "trajectories", Load(0.7, 1000, 60)),
 }
+NOTE = (
+    "~ marks estimates, to two digits: units that are wanted x what a scripted run took a unit",
+    "(prompt + answer; tokens at four bytes); a real model's answers are longer, so these are",
+    "orders of magnitude. --max-tokens and --max-requests are what holds",
+)
 
 
 def estimate(args: argparse.Namespace, layout: Layout) -> list[str]:
-    """Return a table of what is left to ask, and its price if prices are known."""
+    """Return a table of what is left to ask, with what each figure rests on, and its price."""
     prices = Prices(args.price_per_million)
     sizes = {
         "evolved tools": args.evolved_tools,
@@ -44,27 +49,48 @@ def estimate(args: argparse.Namespace, layout: Layout) -> list[str]:
         "tasks": _lines(layout, "tasks", "tasks.jsonl") or args.tasks,
     }
     sizes["trajectories"] = sizes["tasks"] * args.attempts
-    rows = [f"{'stage':<13} {'role':<10} {'units':>9} {'questions':>10} {'tokens':>14}  cost"]
+    rows = [f"{'stage':<13} {'role':<8} {'questions':>11} {'tokens':>15}  {'cost':<10} basis"]
     sums = [0.0, 0.0, 0.0]
     for role, (stage, unit, load) in LOADS.items():
         if stage not in args.stages:
             continue
         if layout.manifest(stage) is not None:
-            rows.append(f"{stage:<13} {role:<10} {'done':>9}")
+            rows.append(f"{stage:<13} {role:<8} {'done':>11}")
             continue
-        units = sizes[unit]
-        questions = units * load.questions
+        judges = _num_judges(args) if role == "judge" else 1
+        questions = sizes[unit] * judges * load.questions
         prompt, completion = questions * load.prompt, questions * load.completion
         cost = prices.of(prompt, completion)
         sums = [sums[0] + questions, sums[1] + prompt + completion, sums[2] + cost]
-        words = f"{cost:,.2f}" if prices.known else "-"
-        rows.append(
-            f"{stage:<13} {role:<10} {units:>9,} {questions:>10,.0f} "
-            f"{prompt + completion:>14,.0f}  {words}"
-        )
-    words = f"{sums[2]:,.2f}" if prices.known else "- (--price-per-million)"
-    rows.append(f"{'together':<34} {sums[0]:>10,.0f} {sums[1]:>14,.0f}  {words}")
-    return [*rows, "an estimate from a scripted run: a real model's answers are longer"]
+        basis = f"{sizes[unit]:,} {unit} x {load.questions:g}"
+        basis += f" x {judges} judges" if judges > 1 else ""
+        basis += f", {load.prompt:,.0f} + {load.completion:,.0f} tokens each"
+        rows.append(_row(stage, role, questions, prompt + completion, cost, prices) + basis)
+    rows.append(_row("together", "", sums[0], sums[1], sums[2], prices).rstrip())
+    return [*rows, *NOTE]
+
+
+def _row(
+    stage: str, role: str, questions: float, tokens: float, cost: float, prices: Prices
+) -> str:
+    """Return a line up to its basis; estimates to two digits, since they have no more."""
+    words = f"~{_rounded(cost):,.2f}" if prices.known else "-"
+    return (
+        f"{stage:<13} {role:<8} {f'~{_rounded(questions):,.0f}':>11} "
+        f"{f'~{_rounded(tokens):,.0f}':>15}  {words:<10} "
+    )
+
+
+def _rounded(value: float) -> float:
+    """Return a number with its first two digits."""
+    return float(f"{value:.1e}")
+
+
+def _num_judges(args: argparse.Namespace) -> int:
+    if args.judging == "rules":
+        return 0
+    given = sum(one.startswith("judge=") for one in args.model_for)
+    return max(given, args.judge_passes)
 
 
 def _lines(layout: Layout, stage: str, name: str) -> int:

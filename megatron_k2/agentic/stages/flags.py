@@ -28,20 +28,26 @@ examples:
     --model-for judge=http://localhost:8000/v1,judge-a \\
     --model-for judge=https://other.example.com/v1,judge-b --key-env judge=OTHER_API_KEY \\
     --max-tokens 50000000
+  # the agent played by a model that was trained here, by K2's template and token ledger
+  tools/synthesize_agentic.py run ... --model scripted --model-for policy=engine:out/sft/checkpoints
   # the tools only; later the rest
   tools/synthesize_agentic.py run --stages tools --evolved-tools 20000 ...
   # other tasks from the same agents: what follows them is redone, the tools and agents are kept
   tools/synthesize_agentic.py run ... --tasks 1000 --restart-from tasks
-  # recorded answers, nothing is asked
+  # recorded answers, nothing is asked: the same bytes with the flags of the recorded run, without
+  # its --model, --model-for and --judge-passes
   tools/synthesize_agentic.py run ... --replay out/big/answers
   # real MCP servers in the sandbox beside the simulation
   tools/synthesize_agentic.py run ... --real-servers --mcp servers.toml
+  # tools of MCP servers over HTTP, under a name of one's own
+  tools/synthesize_agentic.py run ... --mcp-url http://localhost:9000/mcp --mcp-url crm=https://...
   # on a Ray cluster whose nodes share the folders: the same files
   tools/synthesize_agentic.py run ... --ray --ray-workers 16 --concurrency 1024
   # how far it is, whether its files are whole, what a trajectory says
   tools/synthesize_agentic.py status out/big
   tools/synthesize_agentic.py verify out/big
   tools/synthesize_agentic.py show out/big trajectories --number 3
+  tools/synthesize_agentic.py show out/big judgements --number 3
 """
 
 
@@ -94,10 +100,19 @@ def _add_tools(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--dump", type=Path, metavar="PATH", help="MCP descriptions: .tar.gz, folder or JSON")
     add("--max-dump-tools", type=int, metavar="N", help="of the dump, the first N; default all")
+    add("--scraped-tools", choices=("mark", "drop", "use"), default="mark", help="of a dump, whose "
+        "parameters a crawler took from prose: mark keeps them in the repository and out of "
+        "agents, drop counts them alone, use treats them as others; default mark")  # fmt: skip
     add("--evolved-tools", type=int, default=2000, metavar="N", help="to grow; default 2000")
     add(
         "--real-servers", action="store_true",
-        help="harvest tools of real MCP servers, and play their tasks in the sandbox",
+        help="harvest tools of real MCP servers, and play their tasks in the sandbox; they come on "
+        "top of --tasks",
+    )  # fmt: skip
+    add(
+        "--mcp-url", action="append", default=[], metavar="[NAME=]URL",
+        help="harvest tools of an MCP server by streamable HTTP too; may be given several times. "
+        "Its calls are simulated, like those of a dump's servers",
     )  # fmt: skip
     add("--mcp", type=Path, metavar="FILE", help="own list of servers (TOML) for --real-servers")
     add(
@@ -131,6 +146,9 @@ def _add_sizes(group: argparse._ArgumentGroup) -> None:
         "which a scripted policy errs; default 0.25, with a server 0")  # fmt: skip
     add("--judging", choices=("rules", "judge", "hybrid"), default="hybrid",
         help="default hybrid")  # fmt: skip
+    add("--judge-passes", type=int, default=2, metavar="N", help="judges at least, so that their "
+        "agreement is measured: where fewer models judge, one is asked again with another seed; "
+        "default 2; several must agree")  # fmt: skip
     add("--heldout-share", type=float, default=0.2, metavar="SHARE", help="of tasks that are for "
         "evaluation; default 0.2")  # fmt: skip
     add("--heldout-by", choices=("world", "domain"), default="world", help="what the two sides "
@@ -144,7 +162,12 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     add(
         "--model-for", action="append", default=[], metavar="ROLE=MODEL",
         help="another one for evolve, agent, task, user, policy, simulator or judge; judge may be "
-        "given several times",
+        "given several times. policy=engine:PATH plays a folder of Megatron's checkpoints, or of "
+        "Hugging Face's, in this process, by token ids",
+    )  # fmt: skip
+    add(
+        "--engine-tokenizer", type=Path, metavar="DIR",
+        help="of policy=engine:PATH; default: the folder's own; it must have Kimi's chat format",
     )  # fmt: skip
     add(
         "--key-env", action="append", default=[], metavar="[ROLE=]NAME",
@@ -176,11 +199,15 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
 
 def _add_show(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    parser.description = "print a record; a trajectory as text, with its task and judgement"
+    parser.description = (
+        "print a record; a trajectory as text with its task and judgement, a judgement with the "
+        "criteria, their scores and what was quoted as evidence"
+    )
     add("out", type=Path, metavar="OUT", help="folder of a run")
     add(
-        "kind", choices=("tools", "domains", "agents", "tasks", "trajectories"), metavar="KIND",
-        help="tools, domains, agents, tasks or trajectories",
+        "kind", metavar="KIND",
+        choices=("tools", "domains", "agents", "tasks", "trajectories", "judgements"),
+        help="tools, domains, agents, tasks, trajectories or judgements",
     )  # fmt: skip
     add("--number", type=int, metavar="N", help="in its file, from 0; default 0")
     add("--id", default="", metavar="ID", help="or the first characters of it")
@@ -196,6 +223,7 @@ def check_flags(args: argparse.Namespace) -> None:
     for name, least in (
         ("evolved_tools", 0), ("agents", 1), ("tasks", 1), ("attempts", 1), ("concurrency", 1),
         ("max_tries", 1), ("ray_workers", 1), ("max_turns", 1), ("max_dump_tools", 0),
+        ("judge_passes", 1),
         ("max_requests", 0), ("max_tokens", 0),
     ):  # fmt: skip
         value = getattr(args, name)
@@ -212,12 +240,20 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError(f"--restart-from {args.restart_from}: is none of --stages")
     if not args.dry_run and args.model is None and not args.replay:
         raise ValueError("--model: wanted scripted or URL,NAME, or recorded answers with --replay")
-    if args.model is None and args.model_for:
+    engines = [one for one in args.model_for if one.startswith("policy=engine:")]
+    if args.model is None and len(engines) < len(args.model_for):
         raise ValueError("--model-for: needs --model, which answers the other roles")
+    if args.ray and engines:
+        raise ValueError(f"--ray: {engines[0]} plays in one process; serve it: tools/serve.py")
+    if args.engine_tokenizer and not engines:
+        raise ValueError("--engine-tokenizer: give --model-for policy=engine:PATH too")
     if (args.mcp or args.mcp_folder) and not args.real_servers:
         raise ValueError("--mcp and --mcp-folder: give --real-servers too")
-    if "tools" in args.stages and not (args.dump or args.evolved_tools or args.real_servers):
-        raise ValueError("--dump, --evolved-tools or --real-servers: one must give tools")
+    given = (args.dump, args.evolved_tools, args.real_servers, args.mcp_url)
+    if "tools" in args.stages and not any(given):
+        raise ValueError(
+            "--dump, --evolved-tools, --real-servers or --mcp-url: one must give tools"
+        )
     _check_extra_body(args.extra_body)
 
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,10 @@ class Manifest:
     counts: Mapping[str, int] = field(default_factory=dict)
     format: int = FORMAT
 
+    def tables(self) -> Iterator[object]:
+        """Yield what must be tables of names."""
+        yield from (self.settings, self.inputs, self.files, self.counts, *self.files.values())
+
     @property
     def identity(self) -> Identity:
         """What its files were made with."""
@@ -105,11 +109,14 @@ class Layout:
         if not path.is_file():
             return None
         try:
-            return Manifest(**json.loads(path.read_text(encoding="utf-8")))
+            found = Manifest(**json.loads(path.read_text(encoding="utf-8")))
+            if not all(isinstance(value, dict) for value in found.tables()):
+                raise TypeError
         except (ValueError, TypeError) as error:
             raise ValueError(
-                f"--out {self.out}: {path} is damaged; --restart-from {name} makes it anew"
+                f"{path} is damaged; run with --restart-from {name} makes the stage anew"
             ) from error
+        return found
 
     def under_way(self, name: str) -> Identity | None:
         """Return what a stage under way is made with, None where none is."""
@@ -223,14 +230,22 @@ def problems_of(layout: Layout, manifest: Manifest) -> list[str]:
     for name, wanted in manifest.files.items():
         path = folder / name
         if not path.is_file():
-            found.append(f"{path}: missing")
-        elif describe(path) != dict(wanted):
-            found.append(f"{path}: was changed after it was published")
+            found.append(f"{path} is missing")
+        elif (now := describe(path)) != dict(wanted):
+            found.append(f"{path} was changed after it was published: {_change(wanted, now)}")
     known = {*manifest.files, MANIFEST}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and str(path.relative_to(folder)) not in known:
-            found.append(f"{path}: is none of the stage's files")
+            found.append(f"{path} is none of the stage's files")
     return found
+
+
+def _change(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return in words how a file is another one."""
+    for name in ("lines", "bytes"):
+        if name in now and then.get(name) != now[name]:
+            return f"{then.get(name)} {name} then, {now[name]} {name} now"
+    return "as long as then, with other content"
 
 
 def _sync(path: Path) -> None:

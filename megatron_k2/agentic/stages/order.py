@@ -20,7 +20,14 @@ STAGES = (
     Stage(
         "tools",
         tools_stage,
-        settings=("seed", "max_dump_tools", "evolved_tools", "real_servers"),
+        settings=(
+            "seed",
+            "max_dump_tools",
+            "scraped_tools",
+            "evolved_tools",
+            "real_servers",
+            "mcp_url",
+        ),
         outside=("dump", "mcp"),
         roles=("evolve",),
     ),
@@ -57,7 +64,7 @@ STAGES = (
         "output",
         output_stage,
         reads=JUDGED,
-        settings=("heldout_share", "heldout_by"),
+        settings=("heldout_share", "heldout_by", "real_servers"),
     ),
     Stage(
         "report",

@@ -165,7 +165,7 @@ def _units(
         wanted = [number for number in range(len(part.values)) if str(number) not in done]
         if not wanted:
             continue
-        desk = bench.desk(bench.layout.answers(step.stage, step.name, part.index))
+        desk = bench.desk(step.stage, step.name, part.index)
         state = _Open(part, Journal(path, step.run), desk, len(wanted))
         opened[part.index] = state
         for number in wanted:

@@ -14,6 +14,7 @@ from megatron_k2.agentic.models.scripted import NAME, ROLES, ScriptedModel
 from megatron_k2.agentic.models.server import FLAGS, ServerModel
 from megatron_k2.agentic.stages.desk import Bench
 from megatron_k2.agentic.stages.layout import Layout
+from megatron_k2.agentic.stages.run_engine import ENGINE, engine_name, engine_spec
 from megatron_k2.data.rephrase.client import Client, Endpoint, key_from
 from megatron_k2.data.rephrase.gate import Budget, Gate
 
@@ -21,13 +22,15 @@ REPLAYED = "replay"
 
 
 def name_of(spec: str) -> str:
-    """Return the name of the model of ``scripted`` or ``URL,NAME``.
+    """Return the name of the model of ``scripted``, ``URL,NAME`` or ``engine:PATH``.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is none of them.
     """
     if spec == NAME:
         return NAME
+    if spec.startswith(ENGINE):
+        return engine_name(spec)
     url, _, name = spec.rpartition(",")
     if not url.startswith(("http://", "https://")) or not name:
         raise ValueError(
@@ -40,6 +43,9 @@ def name_of(spec: str) -> str:
 def models_for(args: argparse.Namespace) -> dict[str, str]:
     """Return role -> model of ``--model-for``; a second one of judge is ``judge-2``, and so on.
 
+    Fewer judges than ``--judge-passes`` are made up by the first one: its later passes are other
+    judges, with questions and seeds of their own.
+
     Raises:
         ValueError: one is no ``ROLE=MODEL``, or a role but judge has two.
     """
@@ -51,21 +57,37 @@ def models_for(args: argparse.Namespace) -> dict[str, str]:
                 f"--model-for {given}: wanted ROLE=scripted or ROLE=URL,NAME, a role of "
                 f"{', '.join(ROLES)}"
             )
+        if spec.startswith(ENGINE) and role != "policy":
+            raise ValueError(
+                f"--model-for {given}: {ENGINE} plays the policy alone; tools/serve.py makes a "
+                "server of the same folder"
+            )
         name_of(spec)
         if role in found and role != "judge":
             raise ValueError(f"--model-for {role} is given twice; only judge may have several")
         number = 1 + sum(one.partition("-")[0] == role for one in found)
         found[role if number == 1 else f"{role}-{number}"] = spec
+    if args.model is not None and args.judging != "rules":
+        given = sum(one.partition("-")[0] == "judge" for one in found)
+        for number in range(max(1, given) + 1, args.judge_passes + 1):
+            found[f"judge-{number}"] = found.get("judge", args.model)
     return found
 
 
 def names_of_models(args: argparse.Namespace, roles: Sequence[str]) -> dict[str, str]:
     """Return the name of the model of each role, and of more judges; for a stage's identity."""
-    chosen = models_for(args)
     default = REPLAYED if args.model is None else name_of(args.model)
-    found = {role: name_of(chosen[role]) if role in chosen else default for role in roles}
-    more = {role: name_of(spec) for role, spec in chosen.items() if role.startswith("judge-")}
+    named = {role: name_of(spec) for role, spec in models_for(args).items()}
+    if args.model is None:  # who answered then, so that a replay is the same run
+        named = {**args.replayed, **named}
+    found = {role: named.get(role, default) for role in roles}
+    more = {role: name for role, name in named.items() if role.startswith("judge-")}
     return found | (more if "judge" in roles else {})
+
+
+def num_judges(args: argparse.Namespace) -> int:
+    """Return how many judges a run has, a model's later passes counted."""
+    return len(names_of_models(args, ("judge",)))
 
 
 def build_bench(
@@ -101,17 +123,21 @@ def build_bench(
     chosen = models_for(args)
     asked: Model | None = None
     if args.model is not None:
-        by_role = {role: model_of(spec, role) for role, spec in chosen.items()}
+        by_role = {
+            role: model_of(spec, role)
+            for role, spec in chosen.items()
+            if not spec.startswith(ENGINE)
+        }
         asked = RoutedModel(model_of(args.model), by_role)
-    servers = any(spec != NAME for spec, _ in made)
+    asks = engine_spec(args) or any(spec != NAME for spec, _ in made)
     return Bench(
         args,
         layout,
         asked,
         budget,
         read_recordings(args.replay) if known is None else known,
-        servers if args.record is None else args.record,
-        max(1, sum(role.startswith("judge") for role in chosen)),
+        bool(asks) if args.record is None else args.record,
+        num_judges(args),
         2 * gate.most,
     )
 

@@ -12,11 +12,14 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
+from megatron_k2.agentic.models.recorded import write_models
+from megatron_k2.agentic.models.scripted import ROLES
 from megatron_k2.agentic.stages.desk import Bench
 from megatron_k2.agentic.stages.layout import Identity, Layout, outside_hash, problems_of
 from megatron_k2.agentic.stages.parts import Part, Step, run_parts, spent_of
 from megatron_k2.agentic.stages.progress import Prices, Progress
 from megatron_k2.agentic.stages.ray_mode import RayRun
+from megatron_k2.agentic.stages.run_engine import OpenCheckpoint
 from megatron_k2.agentic.stages.run_models import build_bench, names_of_models
 from megatron_k2.agentic.stages.work import Run, Stopped, Work
 from megatron_k2.data.rephrase.gate import Budget
@@ -100,10 +103,18 @@ class Runner:
         args: of the command line.
         every: all stages, in their order.
         layout: of ``--out``.
+        open_checkpoint: opens Megatron's checkpoints for an engine that plays the policy.
     """
 
-    def __init__(self, args: argparse.Namespace, every: Sequence[Stage], layout: Layout) -> None:
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        every: Sequence[Stage],
+        layout: Layout,
+        open_checkpoint: OpenCheckpoint | None = None,
+    ) -> None:
         self.args, self.every, self.layout = args, every, layout
+        self._open_checkpoint = open_checkpoint
         names = [stage.name for stage in every]
         self._redo = names[names.index(args.restart_from) :] if args.restart_from else []
 
@@ -125,6 +136,9 @@ class Runner:
         progress = Progress(Prices(self.args.price_per_million), self.args.quiet)
         budget.count(*spent_so_far(self.layout, self.every))
         bench = build_bench(self.args, self.layout, budget)
+        bench.open_checkpoint = self._open_checkpoint
+        if bench.records:
+            write_models(self.layout.out / "answers", names_of_models(self.args, tuple(ROLES)))
         workers = RayRun(self.args, self.layout, budget) if self.args.ray else None
         run: Run = workers or _here(bench)
         try:
@@ -163,25 +177,28 @@ class Runner:
         there = manifest.identity if manifest else self.layout.under_way(stage.name)
         problems = identity.differences(there) if there else []
         changed = any(name.startswith("--model of") for name in problems)
-        if manifest and not problems:
-            problems = problems_of(self.layout, manifest)
-        if not problems:
+        damaged = problems_of(self.layout, manifest) if manifest and not problems else []
+        if not problems and not damaged:
             if manifest:
                 self.layout.clean(stage.name)
             return manifest is not None
         if not self._may_redo(stage):
-            self._refuse(stage, problems)
+            self._refuse(stage, problems, damaged)
         spent = self.layout.spent().get(stage.name, (0, 0))
         if manifest is None:
             spent = spent_of(self.layout.work(stage.name))
         self.layout.discard(stage.name, spent, forget_answers=changed)
         return False
 
-    def _refuse(self, stage: Stage, differences: Sequence[str]) -> None:
-        if differences:
+    def _refuse(
+        self, stage: Stage, differences: Sequence[str], damaged: Sequence[str] = ()
+    ) -> None:
+        why = f"the stage {stage.name} was made with {'; '.join(differences)}"
+        if damaged:
+            why = f"the stage {stage.name} is not as it was published: {'; '.join(damaged)}"
+        if differences or damaged:
             raise ValueError(
-                f"--out {self.args.out}: the stage {stage.name} was made with "
-                f"{'; '.join(differences)}. --restart-from {stage.name} redoes it and what "
+                f"--out {self.args.out}: {why}. --restart-from {stage.name} redoes it and what "
                 "follows; or give another --out"
             )
 

@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
+from megatron_k2.agentic.judge.reasons import REASONS
 from megatron_k2.agentic.records import Agent, AgentTask, Domain, Judgement, Record, Tool
 from megatron_k2.agentic.records import Trajectory as Played
 from megatron_k2.agentic.stages.desk import Tables
@@ -18,6 +19,7 @@ FILES: dict[str, tuple[str, type[Record]]] = {
     "agents": ("agents/agents.jsonl", Agent),
     "tasks": ("tasks/tasks.jsonl", AgentTask),
     "trajectories": ("trajectories/trajectories.jsonl", Played),
+    "judgements": ("judge/judgements.jsonl", Judgement),
 }
 WIDTH, LONGEST = 100, 1200  # of a line; characters of a message
 
@@ -40,9 +42,12 @@ def show(layout: Layout, kind: str, number: int | None, begins: str, as_json: bo
         raise ValueError(f"OUT {layout.out}: has no {name} yet")
     tables = Tables(layout)
     found = _find(tables, name, record, number or 0, begins)
-    if as_json or not isinstance(found, Played):
-        return json.dumps({"id": found.id, **found.to_json()}, indent=1, ensure_ascii=False)
-    return "\n".join(_trajectory(found, tables))
+    if not as_json and isinstance(found, Played):
+        return "\n".join(_trajectory(found, tables))
+    if not as_json and isinstance(found, Judgement):
+        task = _task_of(found.trajectory, tables)
+        return "\n".join([f"judgement {found.id}", *_verdict(found, task)])
+    return json.dumps({"id": found.id, **found.to_json()}, indent=1, ensure_ascii=False)
 
 
 def _find(tables: Tables, name: str, kind: type[Record], number: int, begins: str) -> Record:
@@ -81,19 +86,43 @@ def _trajectory(played: Played, tables: Tables) -> Iterator[str]:
                 fault = f", fault {made.fault}" if made.fault else ""
                 yield f"     {made.outcome}{fault}"
     yield ""
-    yield from _judgement(played, tables)
-
-
-def _judgement(played: Played, tables: Tables) -> Iterator[str]:
-    if not (tables.layout.out / "judge/judgements.jsonl").is_file():
+    if not (tables.layout.out / FILES["judgements"][0]).is_file():
         yield "not judged yet"
         return
-    for one in tables.read("judge/judgements.jsonl", Judgement):
+    for one in tables.read(FILES["judgements"][0], Judgement):
         if one.trajectory == played.id:
-            yield f"judged: {'passes' if one.passes else 'fails: ' + ', '.join(one.reasons)}"
-            for name, score in one.scores.items():
-                quote = f'  "{one.quotes[name]}"' if name in one.quotes else ""
-                yield f"  {name:<24} {_score(score):>5} by {one.by.get(name, 'nobody')}{quote}"
+            yield from _verdict(one, task)
+
+
+def _verdict(found: Judgement, task: AgentTask | None) -> Iterator[str]:
+    """Yield what was said of a trajectory: verdict, reasons, each criterion with its evidence."""
+    yield f"of trajectory {found.trajectory}, judged by {', '.join(found.judges) or 'rules alone'}"
+    yield f"verdict: {'passes' if found.passes else 'fails'}"
+    yield from (f"  {reason}: {REASONS.get(reason, '')}" for reason in found.reasons)
+    known = {one.name: one for one in task.criteria} if task is not None else {}
+    yield "score  by       criterion"
+    for name, score in found.scores.items():
+        said = known.get(name)
+        optional = "" if said is None or said.mandatory else " (not mandatory)"
+        yield f"{_score(score):>5}  {found.by.get(name, 'nobody'):<8} {name}{optional}"
+        if said is not None:
+            yield from _wrapped(" " * 16, said.text)
+        if name in found.quotes:
+            yield from _wrapped(
+                " " * 16 + "evidence: ", json.dumps(found.quotes[name], ensure_ascii=False)
+            )
+
+
+def _task_of(trajectory: str, tables: Tables) -> AgentTask | None:
+    """Return the task of a trajectory by id, None where it is not there."""
+    name = FILES["trajectories"][0]
+    if not (tables.layout.out / name).is_file():
+        return None
+    for place in tables.places(name):
+        played = Played.from_json(tables.line(name, place))
+        if played.id == trajectory:
+            return tables.tasks.get(played.task)
+    return None
 
 
 def _score(score: Any) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from megatron_k2.agentic.records import Agent, AgentTask, Domain, Judgement, Record, Tool
 from megatron_k2.agentic.records import Trajectory as Played
 from megatron_k2.agentic.stages.desk import Tables
-from megatron_k2.agentic.stages.layout import Layout, problems_of
+from megatron_k2.agentic.stages.layout import Layout, Manifest, problems_of
 from megatron_k2.agentic.stages.runner import Stage
 
 SHOWN = 20  # problems of a kind
@@ -32,10 +32,18 @@ def verify(layout: Layout, stages: Sequence[Stage]) -> list[str]:
             there.add(stage.name)
         for name, digest in manifest.inputs.items():
             before, _, file = name.partition("/")
-            source = layout.manifest(before) if not name.startswith("--") else None
+            source = _manifest(layout, before) if not name.startswith("--") else None
             if source is not None and source.files.get(file, {}).get("sha256") != digest:
-                found.append(f"{stage.name}: was made from another {name}")
+                found.append(f"the stage {stage.name} was made from another {name} than is there")
     return [*found, *_links(layout, there)]
+
+
+def _manifest(layout: Layout, stage: str) -> Manifest | None:
+    """Return a stage's manifest, None where it is damaged, which is told in its own place."""
+    try:
+        return layout.manifest(stage)
+    except ValueError:
+        return None
 
 
 def _links(layout: Layout, there: set[str]) -> Iterator[str]:
@@ -81,14 +89,15 @@ def _links(layout: Layout, there: set[str]) -> Iterator[str]:
             "judge/judgements.jsonl", "trajectory", set(played), (one.trajectory for one in judged)
         )
         if len({one.trajectory for one in judged}) != len(played):
-            yield f"judge/judgements.jsonl: {len(judged)} for {len(played)} trajectories"
+            judged_ids = len({one.trajectory for one in judged})
+            yield f"judge/judgements.jsonl judges {judged_ids} of {len(played)} trajectories"
 
 
 def _twice(name: str, records: Sequence[Record]) -> Iterator[str]:
     seen: set[str] = set()
     for record in records:
         if record.id in seen:
-            yield f"{name}: {record.id} is there twice"
+            yield f"{name} has the record {record.id} twice"
         seen.add(record.id)
 
 
@@ -98,4 +107,4 @@ def _missing(
     """Yield the wanted names that are not known; None: they cannot be known here."""
     if known is not None:
         for one in sorted({one for one in wanted if one not in known})[:SHOWN]:
-            yield f"{name}: names the {kind} {one}, which is not there"
+            yield f"{name} names the {kind} {one}, which is not there"

@@ -75,8 +75,8 @@ def load_styles() -> tuple[Style, ...]:
 
 
 @cache
-def load_traits() -> tuple[Mapping[str, str], ...]:
-    """Return all traits: ``name`` and ``description``."""
+def load_traits() -> tuple[Mapping[str, Any], ...]:
+    """Return all traits: ``name``, ``description``, and ``holds_back`` where it is true."""
     return tuple(data("personas")["trait"])
 
 
@@ -94,6 +94,12 @@ def draw_persona(rng: random.Random) -> dict[str, Any]:
         "name": rng.choice(data("personas")["names"]),
         "traits": [one["name"] for one in traits],
     }
+
+
+def holds_back(persona: Mapping[str, Any]) -> bool:
+    """Return whether a persona tells some fact only when asked: a trait of it says so."""
+    told = {one["name"] for one in load_traits() if one.get("holds_back")}
+    return bool(told & set(persona.get("traits", ())))
 
 
 def described(persona: Mapping[str, Any]) -> str:

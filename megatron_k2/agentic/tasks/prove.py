@@ -8,6 +8,7 @@ meet the mandatory ones. What a proof cannot say: whether the words of the goal 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from megatron_k2.agentic.judge.general import broken
 from megatron_k2.agentic.judge.rules import check
@@ -66,25 +67,30 @@ async def prove(
         except (Unreachable, ToolboxError) as error:
             return f"{'faults' if faults else 'plan'}: {error}"
         demanded = [one for one in task.criteria if one.mandatory or not faults]
-        if failed := _failed(demanded, task, played) or broken(task, played):
+        if failed := failed_of(demanded, task, played) or broken(task, played):
             return f"{'faults' if faults else 'goal'}: {failed[0]} does not hold"
     own = [one for one in task.criteria if one.mandatory and not is_standard(one)]
-    if not _failed(own, task, _nothing(task, agent, tools, played)):
+    if not failed_of(own, task, does_nothing(task, agent, tools, played)):
         return "empty: doing nothing meets the rubric"
     return ""
 
 
-def _failed(
+def failed_of(
     criteria: Sequence[Criterion], task: AgentTask, trajectory: Trajectory
 ) -> tuple[str, ...]:
+    """Return the names of criteria that do not hold; what no rule can say counts as held."""
     scores = {one.name: check(one, task, trajectory) for one in criteria}
     return tuple(name for name, score in scores.items() if score is not None and score < 1)
 
 
-def _nothing(
-    task: AgentTask, agent: Agent, tools: Sequence[Tool], played: Trajectory | None
+def does_nothing(
+    task: AgentTask,
+    agent: Agent,
+    tools: Sequence[Tool],
+    played: Trajectory | None,
+    evidence: Mapping[str, Any] | None = None,
 ) -> Trajectory:
-    """Return the trajectory of an agent that does nothing."""
+    """Return the trajectory of an agent that does nothing; ``evidence``: of untouched servers."""
     messages = [*opening(agent, task.opening), {"role": "assistant", "content": NOTHING}]
     simulates = played is None or played.executed == "simulated"
     world, executed = (task.world, "simulated") if simulates else (None, "real")
@@ -97,4 +103,5 @@ def _nothing(
         world,
         "finished",
         executed,  # type: ignore[arg-type]
+        evidence=evidence or {},
     )

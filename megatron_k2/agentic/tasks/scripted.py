@@ -18,7 +18,7 @@ from megatron_k2.agentic.tasks import scripted_dialogues as dialogues
 from megatron_k2.agentic.tasks import scripted_forms as forms
 from megatron_k2.agentic.tasks.argument_uses import uses_of, written_entities
 from megatron_k2.agentic.tasks.asking import data
-from megatron_k2.agentic.tasks.personas import style_of
+from megatron_k2.agentic.tasks.personas import holds_back, style_of
 from megatron_k2.agentic.tasks.references import said
 from megatron_k2.agentic.tasks.scripted_values import draw_world
 from megatron_k2.agentic.tasks.scripted_words import Speaker, spoken
@@ -127,7 +127,8 @@ def _task(script: Mapping[str, Any], rng: random.Random) -> dict[str, Any]:
     if types is None or not tools:
         return {"cannot": "a script writes tasks for typed worlds alone"}
     state = State.of(types, script["world"])
-    scene = forms.Scene(tools, types, state, script["rules"], rng, Speaker(rng))
+    back = holds_back(script["persona"])
+    scene = forms.Scene(tools, types, state, script["rules"], rng, Speaker(rng), back)
     for _ in range(TRIES):
         draft = FORMS[script["form"]](scene)
         if draft is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from megatron_k2.agentic.tasks import scripted_rubrics as rubrics
@@ -11,12 +12,14 @@ from megatron_k2.agentic.tasks.scripted_forms import (
     Scene,
     facts_of,
     field_for,
+    holding_back,
     independent,
     step,
     tells,
 )
 from megatron_k2.agentic.tasks.scripted_intents import Intent, is_read, that_do, worked
 from megatron_k2.agentic.tasks.scripted_links import Link, key_use, linked
+from megatron_k2.agentic.tasks.scripted_withheld import drawn, withheld
 from megatron_k2.agentic.tasks.scripted_words import spoken
 
 
@@ -115,10 +118,16 @@ def _draft(
     use = key_use(second.operation, link.entity)
     assert use is not None
     name = field_for(second, scene)
-    rest = None if not more else independent(scene, more)
+    rest = None if not more else independent(replace(scene, holds_back=False), more)
     if not tells(second, name) or (more and rest is None):
         return None
-    requests = [words.request(second, named={use.name: link.named}, field=name)]
+    known = [use.name, *(link.first.arguments if link.asked else ())]
+    held = None
+    if scene.holds_back and second.tool.name != first.tool.name:
+        held = drawn([second], known, words, scene.rng)
+        held = None if held is None else withheld(second, 1, held.argument, words)
+    hidden = [] if held is None else [held.argument]
+    requests = [words.request(second, hidden, named={use.name: link.named}, field=name)]
     answer, facts = [], facts_of(second, name)
     if link.asked:
         requests.insert(0, words.request(first))
@@ -145,4 +154,4 @@ def _draft(
         rubrics.in_order([earlier, rubrics.pattern(second)]),
     ]
     request = words.pick("talk", "join").join(requests)
-    return Draft(request, intents, plan, answer, criteria)
+    return holding_back(Draft(request, intents, plan, answer, criteria), held)

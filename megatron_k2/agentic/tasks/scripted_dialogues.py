@@ -8,7 +8,6 @@ from typing import Any
 from megatron_k2.agentic.records import Tool
 from megatron_k2.agentic.tasks import scripted_rubrics as rubrics
 from megatron_k2.agentic.tasks.argument_uses import uses_of
-from megatron_k2.agentic.tasks.references import said
 from megatron_k2.agentic.tasks.scripted_forms import (
     Draft,
     Scene,
@@ -19,53 +18,34 @@ from megatron_k2.agentic.tasks.scripted_forms import (
     tells,
 )
 from megatron_k2.agentic.tasks.scripted_intents import Intent, draw_intent, run, that_do, worked
-from megatron_k2.agentic.tasks.scripted_words import spoken
+from megatron_k2.agentic.tasks.scripted_withheld import hideable, withheld
 
 
 def missing(scene: Scene) -> Draft | None:
     """One call, of which the user leaves out an argument that the agent must ask for."""
-    intent = scene.draw(lambda new: worked(new) and bool(_hideable(new)))
+    intent = scene.draw(lambda new: worked(new) and bool(hideable(new)))
     if intent is None:
         return None
-    hidden = scene.rng.choice(_hideable(intent))
     name = field_for(intent, scene)
     if not tells(intent, name):
         return None
-    words, value = scene.speaker, said(intent.arguments[hidden])
-    slots = {"name": spoken(hidden), "value": value}
-    exchange = {
-        "before": 0,
-        "agent": words.pick("talk", "ask", **slots),
-        "user": words.pick("talk", "reveal", **slots),
-        "why": "missing",
-    }
+    words = scene.speaker
+    fact = withheld(intent, 0, scene.rng.choice(hideable(intent)), words)
     criteria = [
         rubrics.at_end(scene.state, intent.after),
         *rubrics.told(facts_of(intent, name)),
         *rubrics.calls_of([intent], scene.tools),
-        rubrics.asked_for(intent.tool.name, spoken(hidden), value),
+        fact.criterion,
     ]
     return Draft(
-        words.request(intent, hidden=[hidden], field=name),
+        words.request(intent, hidden=[fact.argument], field=name),
         [intent],
         [step(intent)],
         [words.report(intent, 0, name)],
         criteria,
-        [exchange],
-        [f"{spoken(hidden)}: {value} (told only when asked)"],
+        [fact.exchange],
+        [fact.knows],
     )
-
-
-def _hideable(intent: Intent) -> list[str]:
-    """Return arguments whose value a user can tell in a word, and that must be given."""
-    required = intent.tool.parameters.get("required") or ()
-    return [
-        name
-        for name in required
-        if isinstance(intent.arguments.get(name), (str, int, float))
-        and not isinstance(intent.arguments[name], bool)
-        and intent.arguments[name] != ""
-    ]
 
 
 def change(scene: Scene) -> Draft | None:

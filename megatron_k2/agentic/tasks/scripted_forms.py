@@ -21,6 +21,7 @@ from megatron_k2.agentic.tasks.scripted_intents import (
     that_do,
     worked,
 )
+from megatron_k2.agentic.tasks.scripted_withheld import Withheld, drawn
 from megatron_k2.agentic.tasks.scripted_words import Speaker, created_key
 from megatron_k2.agentic.world.state import State
 from megatron_k2.agentic.world.types import Types
@@ -38,6 +39,7 @@ class Scene:
         types, state: of the world at the beginning.
         rules: of the agent.
         rng, speaker: of this task.
+        holds_back: the user tells some fact only when asked, where a form leaves room for that.
     """
 
     tools: Sequence[Tool]
@@ -46,6 +48,7 @@ class Scene:
     rules: Sequence[Mapping[str, Any]]
     rng: random.Random
     speaker: Speaker
+    holds_back: bool = False
 
     def draw(
         self,
@@ -179,11 +182,13 @@ def _meddles(before: Sequence[Intent], new: Intent) -> bool:
 def independent(scene: Scene, intents: Sequence[Intent]) -> Draft | None:
     """Return the draft of calls that are asked for and made one after the other."""
     requests, answer, facts = [], [], []
+    held = drawn(intents, (), scene.speaker, scene.rng) if scene.holds_back else None
     for at, intent in enumerate(intents):
         name = field_for(intent, scene)
         if not tells(intent, name):
             return None
-        requests.append(scene.speaker.request(intent, field=name))
+        hidden = [held.argument] if held is not None and held.at == at else []
+        requests.append(scene.speaker.request(intent, hidden, field=name))
         answer.append(scene.speaker.report(intent, at, name))
         facts += facts_of(intent, name)
     criteria = [
@@ -192,4 +197,14 @@ def independent(scene: Scene, intents: Sequence[Intent]) -> Draft | None:
         *rubrics.calls_of(intents, scene.tools),
     ]
     request = scene.speaker.pick("talk", "join").join(requests)
-    return Draft(request, list(intents), [step(one) for one in intents], answer, criteria)
+    plan = [step(one) for one in intents]
+    return holding_back(Draft(request, list(intents), plan, answer, criteria), held)
+
+
+def holding_back(draft: Draft, held: Withheld | None) -> Draft:
+    """Return a draft whose request leaves a fact out, with what follows from that."""
+    if held is not None:
+        draft.criteria.append(held.criterion)
+        draft.exchanges.append(held.exchange)
+        draft.knows.append(held.knows)
+    return draft

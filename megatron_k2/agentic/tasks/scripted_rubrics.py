@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_k2.agentic.records import Tool
+from megatron_k2.agentic.tasks.argument_uses import uses_of
 from megatron_k2.agentic.tasks.scripted_intents import Intent, is_read, predicates, that_do
+from megatron_k2.agentic.world.conditions import matches
 from megatron_k2.agentic.world.state import State
 
 Json = dict[str, Any]
+PAGE = 20  # records that a list returns by default (``world/README.md``)
 
 
 def criterion(
@@ -46,13 +49,46 @@ def pattern(intent: Intent, unknown: Sequence[str] = ()) -> Json:
 
 
 def reading(intent: Intent, tools: Sequence[Tool]) -> Json:
-    """Return the pattern of a read, by whatever tool that reads the same entity."""
-    if "entity" not in intent.operation:  # steps that read
-        return pattern(intent)
-    entity, do = intent.operation["entity"], intent.operation["do"]
-    kinds = ("get", "list") if do == "get" else ("list", do)
-    same = [one.name for one in that_do(tools, *kinds) if (one.operation or {})["entity"] == entity]
-    return {"tool": same or [intent.tool.name]}
+    """Return the pattern of a read, by whatever tool has returned the same records."""
+    keys = about(intent)
+    if not keys or intent.operation["do"] not in ("get", "list"):
+        return pattern(intent)  # nothing else can be told from the outside to be the same
+    return {"tool": [intent.tool.name, *_others(intent, tools)], "returned": keys}
+
+
+def about(intent: Intent) -> list[str]:
+    """Return the keys of the records that a read is about; [] for none, or more than a page."""
+    entity = intent.operation.get("entity")
+    if entity is None:  # steps that read
+        return []
+    if intent.key_argument is not None:
+        return [intent.arguments[intent.key_argument[0]]]
+    where = [
+        {**one, "value": given_value(one["value"], intent.arguments)}
+        for one in intent.operation.get("where", ())
+        if not _is_left_out(one["value"], intent.arguments)
+    ]
+    found = [key for key, record in intent.before[entity].items() if matches(record, where)]
+    return found if len(found) <= PAGE else []
+
+
+def given_value(value: Any, arguments: Mapping[str, Any]) -> Any:
+    """Return a condition's value, an argument's where it names one (``world/README.md``)."""
+    if not isinstance(value, str) or not value.startswith("$"):
+        return value
+    return value[1:] if value.startswith("$$") else arguments[value[1:]]
+
+
+def _is_left_out(value: Any, arguments: Mapping[str, Any]) -> bool:
+    named = isinstance(value, str) and value.startswith("$") and not value.startswith("$$")
+    return named and value[1:] not in arguments
+
+
+def _others(intent: Intent, tools: Sequence[Tool]) -> list[str]:
+    """Return the other tools that return records of a read's entity."""
+    entity = intent.operation.get("entity")
+    likely = [tool for tool in that_do(tools, "get", "list") if tool.name != intent.tool.name]
+    return [tool.name for tool in likely if (tool.operation or {})["entity"] == entity]
 
 
 def calls_of(intents: Sequence[Intent], tools: Sequence[Tool]) -> list[Json]:
@@ -70,23 +106,15 @@ def calls_of(intents: Sequence[Intent], tools: Sequence[Tool]) -> list[Json]:
 
 
 def _read(intent: Intent, tools: Sequence[Tool]) -> Json:
-    """Return the check of a read: the record itself, or a list that may have it."""
-    if intent.operation["do"] != "get" or intent.key_argument is None:
-        # The tool itself has to be asked for the right thing; another one words it its own way.
-        mine = {"kind": "called", **pattern(intent)}
-        found = reading(intent, tools)
-        if isinstance(found["tool"], str):
-            return mine
-        others = [name for name in found["tool"] if name != intent.tool.name]
-        return {"kind": "any", "of": [mine, {"kind": "called", "tool": others}]} if others else mine
-    name, entity = intent.key_argument
-    exact = {"tool": intent.tool.name, "arguments": {name: intent.arguments[name]}}
-    others = [tool for tool in that_do(tools, "get", "list") if tool.name != intent.tool.name]
-    same = [tool.name for tool in others if (tool.operation or {})["entity"] == entity]
-    if not same:
-        return {"kind": "called", **exact}
-    either = [{"kind": "called", **exact}, {"kind": "called", "tool": same}]
-    return {"kind": "any", "of": either}
+    """Return the check of a read: the call itself, or one that returned the same records."""
+    mine = {"kind": "called", **pattern(intent)}
+    if intent.key_argument is not None:  # what else was given does not change the record
+        name, _ = intent.key_argument
+        mine["arguments"] = {name: intent.arguments[name]}
+    keys, others = about(intent), _others(intent, tools)
+    if not keys or not others:
+        return mine
+    return {"kind": "any", "of": [mine, {"kind": "called", "tool": others, "returned": keys}]}
 
 
 def in_order(patterns: Sequence[Json]) -> Json:
@@ -121,12 +149,35 @@ def not_called(tool: str, why: str) -> Json:
 def tried(intent: Intent, tools: Sequence[Tool]) -> Json:
     """Return the criterion of a call that is refused: tried as it was asked, or looked up."""
     call = {"kind": "called", **pattern(intent), "outcome": ["refused"]}
-    entity = intent.operation.get("entity")
-    others = [tool for tool in that_do(tools, "get", "list") if tool.name != intent.tool.name]
-    looks = [tool.name for tool in others if (tool.operation or {})["entity"] == entity]
-    either = [call, {"kind": "called", "tool": looks}] if looks else [call]
+    either = [call, *_looked_up(intent, tools)]
     text = f"It was tried with {intent.tool.name}, or looked up."
     return criterion("tried", "pattern", text, {"kind": "any", "of": either})
+
+
+def _looked_up(intent: Intent, tools: Sequence[Tool]) -> list[Json]:
+    """Return checks of looks at the records of a refused call, or for one that is not there."""
+    entity, looks = intent.operation.get("entity"), _others(intent, tools)
+    if entity is None or not looks:
+        return []
+    held = intent.before[entity]
+    given = [one for one in intent.arguments.values() if isinstance(one, str)]
+    if keys := [one for one in given if one in held]:
+        return [{"kind": "called", "tool": looks, "returned": [one]} for one in keys]
+    found = [{"kind": "called", "tool": one} for one in looks if one in _lists(tools)]
+    if intent.key_argument is not None:  # a record that is not there
+        key = intent.arguments[intent.key_argument[0]]
+        asks: Json = {"kind": "called", "outcome": ["refused"]}
+        found += [
+            asks | {"tool": tool.name, "arguments": {use.name: key}}
+            for tool in tools
+            for use in uses_of(tool.operation or {"do": "get", "entity": ""})
+            if tool.name in looks and use.role == "key" and use.entity == entity and not use.within
+        ]
+    return found
+
+
+def _lists(tools: Sequence[Tool]) -> list[str]:
+    return [tool.name for tool in that_do(tools, "list")]
 
 
 def declined() -> Json:

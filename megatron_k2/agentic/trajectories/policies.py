@@ -95,8 +95,9 @@ class ModelPolicy:
     Attributes:
         model: to ask.
         temperature, max_tokens: of an answer.
-        mistakes: share of dialogues in which a script makes a known mistake, recorded as
-            ``evidence["planted"]``; None: none, and nothing is recorded.
+        mistakes: share of dialogues in which a script makes a known mistake; None: none. What it
+            made stands in its answers (``Reply.planted``) and becomes ``evidence["planted"]``, so
+            no other model's dialogue says so, and a recorded script's does.
     """
 
     model: Model
@@ -119,6 +120,7 @@ class ModelPlayer:
     mistake: str | None = None
     _messages: list[Message] = field(default_factory=list)
     _num_calls: int = 0
+    _planted: str = ""
 
     async def answer(self, heard: Sequence[Message]) -> Said:
         """Return the model's next message; see ``Player``."""
@@ -130,17 +132,18 @@ class ModelPlayer:
             derived_seed(self.part.seed, "policy", len(self._messages)),
             self.policy.temperature,
             self.policy.max_tokens,
-            {"part": self.part, "mistake": self.mistake or "correct"},
+            {"part": self.part, "mistake": self.mistake},
         )
         reply = await self.policy.model.ask(question)
+        self._planted = reply.planted or self._planted
         message = self._in_form(reply.message)
         self._messages.append(message)
         tokens = reply.prompt_tokens + reply.completion_tokens
         return Said(message, tokens=tokens, model=reply.model)
 
     def evidence(self) -> Mapping[str, Any]:
-        """Return the planted mistake, where one was to be."""
-        return {} if self.mistake is None else {"planted": self.mistake}
+        """Return the mistake that a script planted, where one was to be."""
+        return {"planted": self._planted} if self._planted else {}
 
     def _in_form(self, message: Message) -> dict[str, Any]:
         """Return a message with the fields and the call ids of Kimi's format."""

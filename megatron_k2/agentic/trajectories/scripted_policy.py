@@ -31,7 +31,7 @@ NOTHING_MORE = "I have nothing to add to that."
 def answer(question: Question) -> Message:
     """Return the agent's next message, from the dialogue so far."""
     part: Part = question.script["part"]
-    solution = mistaken(part, question.script["mistake"]) or solution_of(part)
+    solution = mistaken(part, question.script["mistake"] or "correct") or solution_of(part)
     progress = Progress(solution)
     progress.read(question.messages[len(part.messages) :])
     waiting = solution.exchanges[progress.num_said :]

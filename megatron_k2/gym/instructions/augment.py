@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_k2.gym.instructions.code_check import run_check
-from megatron_k2.gym.judging import ask_json, field_of
+from megatron_k2.gym.judging import JudgeGone, ask_json, field_of
 from megatron_k2.gym.sandbox.base import Sandbox, SandboxError
 from megatron_k2.gym.services import Judge
 
@@ -94,6 +94,7 @@ async def augment(
 
     Raises:
         SandboxError: the sandbox fails.
+        JudgeGone: the model's server answers nobody.
     """
     outcomes: Counter[str] = Counter()
     kept: list[Checked] = []
@@ -107,7 +108,7 @@ async def augment(
                 continue
             known.add(_plain(text))
             found, outcome = await _cross_validated(model, sandbox, text, seed + 1000 * number)
-        except SandboxError:
+        except (SandboxError, JudgeGone):
             raise
         except (RuntimeError, TimeoutError):  # the model gave nothing that can be read
             found, outcome = None, "no answer"
@@ -128,6 +129,9 @@ async def _cross_validated(
         ),
         return_exceptions=True,
     )
+    for one in written:
+        if isinstance(one, JudgeGone | ValueError):  # the server, or how it is asked
+            raise one
     checks = [one for one in written if isinstance(one, Written)]
     cases: dict[str, bool] = {}
     for one in checks:

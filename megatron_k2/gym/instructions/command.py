@@ -25,6 +25,7 @@ def augment_instructions(argv: Sequence[str] | None = None) -> None:
     Raises:
         ValueError: bad input; the message names the flag.
         SandboxError: no sandbox works here.
+        RuntimeError: the server answers nobody.
     """
     args = parser().parse_args(list(sys.argv[1:] if argv is None else argv))
     asyncio.run(_augment(args))
@@ -53,7 +54,8 @@ async def _augment(args: argparse.Namespace) -> None:
     kinds = sorted(RULES.values(), key=lambda rule: rule.kind)
     examples = [stated(Instruction(rule.kind, rule.draw(rng, requests()[0]))) for rule in kinds]
     sandbox = await find_sandbox(args.sandbox, args.sandbox_url)
-    model = connect(args.url, args.model, args.api_key_env)
+    flags = ("--api-key-env", "--model", "--url")
+    model = connect(args.url, args.model, args.api_key_env, flags=flags)
     try:
         kept, outcomes = await augment(model, sandbox, examples, args.num_proposals, args.seed)
     finally:

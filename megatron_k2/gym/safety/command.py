@@ -21,6 +21,7 @@ def evolve(argv: Sequence[str] | None = None) -> None:
 
     Raises:
         ValueError: bad input; the message names the flag.
+        RuntimeError: a server answers nobody.
     """
     args = parser().parse_args(list(sys.argv[1:] if argv is None else argv))
     asyncio.run(_evolve(args))
@@ -52,6 +53,11 @@ async def _evolve(args: argparse.Namespace) -> None:
             getattr(args, f"{role}_url") or args.url,
             getattr(args, f"{role}_model"),
             args.api_key_env,
+            flags=(
+                "--api-key-env",
+                f"--{role}-model",
+                f"--{role}-url" if getattr(args, f"{role}_url") else "--url",
+            ),
         )
         for role in ROLES
     ]

@@ -19,7 +19,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
-from megatron_k2.gym.judging import ask_json, field_of
+from megatron_k2.gym.judging import JudgeGone, ask_json, field_of
 from megatron_k2.gym.safety.environment import label
 from megatron_k2.gym.safety.seeds import Attack, seed_attacks, strategies
 from megatron_k2.gym.services import Judge
@@ -99,7 +99,11 @@ class Evolution:
             self._take([self._begun[self.rounds, index] for index in range(per_round)])
 
     async def round(self) -> list[Attempt]:
-        """Run one round, or finish the one that a kill cut short; return its attempts."""
+        """Run one round, or finish the one that a kill cut short; return its attempts.
+
+        Raises:
+            JudgeGone: a model's server answers nobody.
+        """
         chosen = self._choose()
         attempts = await asyncio.gather(
             *(self._attempt(index, *pair) for index, pair in enumerate(chosen))
@@ -144,6 +148,8 @@ class Evolution:
             asked = [{"role": "user", "content": prompt}]
             answer = await self._target.ask(asked, seed, ANSWER_TOKENS)
             outcome = await self._outcome(parent, prompt, answer)
+        except JudgeGone:  # nothing was tried: the next run does
+            raise
         except (RuntimeError, TimeoutError):  # a model gave nothing that can be read
             pass
         attempt = Attempt(self.rounds, index, parent.id, strategy, prompt, answer, outcome)

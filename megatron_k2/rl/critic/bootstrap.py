@@ -10,12 +10,12 @@ answer was preferred. Each pair makes two rows, one an order; the answer is the 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_k2.rl.critic.brief import Brief, Comparison, CriticPrompt, correctness
+from megatron_k2.rl.critic.json_lines import numbered_objects
 from megatron_k2.rl.critic.pair_tasks import Pair, gold_answer, make_task
 from megatron_k2.rl.critic.rubrics import Rubric, RubricBook
 from megatron_k2.rl.critic.verdicts import MIRRORED, PairVerdict, Side
@@ -96,19 +96,7 @@ def read_preferences(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises:
         ValueError: the file cannot be read, or a line is no JSON object.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not at U+2028, which JSON allows
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--pairs {path}: {error}") from error
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                value = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"--pairs {path}, line {number}: no JSON ({error})") from error
-            if not isinstance(value, dict):
-                raise ValueError(f"--pairs {path}, line {number}: no JSON object")
-            yield number, value
+    yield from numbered_objects(path, "--pairs")
 
 
 def _labelled(given: Any, book: RubricBook) -> tuple[tuple[Rubric, ...], PairVerdict]:
@@ -116,7 +104,10 @@ def _labelled(given: Any, book: RubricBook) -> tuple[tuple[Rubric, ...], PairVer
         raise ValueError("rubrics: an object of labels is needed")
     known = {one.name: one for one in book.rubrics}
     if unknown := sorted(set(given) - set(known)):
-        raise ValueError(f"rubrics: {unknown[0]!r} is none of {', '.join(known)}")
+        raise ValueError(
+            f"rubrics: {unknown[0]!r} is none of {', '.join(known)} (--rubrics); a pair without "
+            f"labels teaches {PREFERRED.name!r}, which needs none: chosen is the better one"
+        )
     if not given:
         return (PREFERRED,), PairVerdict("A", {PREFERRED.name: "A"})
     weighed: dict[str, Side] = {}
@@ -128,7 +119,11 @@ def _labelled(given: Any, book: RubricBook) -> tuple[tuple[Rubric, ...], PairVer
             else:
                 weighed[name] = _SIDES[label]
         except (KeyError, TypeError) as error:
-            wanted = '{"chosen": "pass", "rejected": "fail"}' if known[name].mandatory else "a side"
+            wanted = (
+                'mandatory, {"chosen": "pass" or "fail", "rejected": "pass" or "fail"}'
+                if known[name].mandatory
+                else 'one of "chosen", "rejected", "tie": the answer that is better by it'
+            )
             raise ValueError(f"rubrics.{name}: {label!r} is not {wanted}") from error
     rubrics = tuple(one for one in book.rubrics if one.name in given)
     alone = not failed and len(weighed) == 1  # then its side is all that the answer says

@@ -12,7 +12,7 @@ from megatron_k2.gym.base import Task, Verdict, judged, unjudged
 from megatron_k2.rl.critic.brief import Brief, CriticPrompt
 from megatron_k2.rl.critic.critics import Critic, CriticFailed
 from megatron_k2.rl.critic.rubrics import RubricBook
-from megatron_k2.rl.critic.tournament import Counts, await_all, rank
+from megatron_k2.rl.critic.tournament import Counts, Ranking, await_all, rank
 from megatron_k2.rl.episode import Episode, Group
 
 RANKED = "ranked"  # in a task's metadata, true: its answers are paid by rank
@@ -63,16 +63,25 @@ async def judge_group(
     except CriticFailed as error:
         return [unjudged(str(error), backend=critic.model)] * len(texts), Counts(unjudged=1)
     by = f"{found.model} {prompt.id} {found.brief} weights {list(found.versions)}"
-    made = iter(
-        judged(
-            reward,
-            f"points {points:.3f}" + (", fails a mandatory rubric" if out else ""),
-            {"points": points, "mandatory": float(not out)},
-            by,
-        )
-        for reward, points, out in zip(found.rewards, found.points, found.failed, strict=True)
-    )
-    return [nothing if text is None else next(made) for text in texts], found.counts
+    places = [place for place, text in enumerate(texts) if text is not None]
+    verdicts = [nothing] * len(texts)
+    for one, place in enumerate(places):
+        parts = {"points": found.points[one], "mandatory": float(not found.failed[one])}
+        verdicts[place] = judged(found.rewards[one], _why(found, one, places), parts, by)
+    return verdicts, found.counts
+
+
+def _why(found: Ranking, one: int, places: Sequence[int]) -> str:
+    """Say how an answer fared; the others by their place in the group, as in episodes' ids."""
+    met: dict[str, list[int]] = {"better than": [], "equal to": [], "worse than": []}
+    for (first, second), side in found.winners.items():
+        if one in (first, second):
+            won = side == ("A" if one == first else "B")
+            word = "equal to" if side == "tie" else "better than" if won else "worse than"
+            met[word].append(places[second if one == first else first])
+    said = [f"{word} {', '.join(map(str, others))}" for word, others in met.items() if others]
+    failed = ["fails a mandatory rubric"] if found.failed[one] else []
+    return "; ".join([f"points {found.points[one]:.3f}", *said, *failed])
 
 
 async def judge_ranked(

@@ -2,8 +2,8 @@
 
 After a step's episodes are played, groups of open prompts are ranked by the policy that gave the
 answers. Verified groups with right and wrong answers become tasks of ``critic_pairs``, which the
-next step plays with its prompts: the closed loop of Kimi K2 (arXiv 2507.20534, 3.2.2). A frozen
-judge watches over a fixed sample, if the run gives one.
+next step plays with its prompts: the closed loop of Kimi K2 (arXiv 2507.20534, 3.2.2). Its accuracy
+on held-out pairs is measured, and a frozen judge watches over a fixed sample, if the run asks.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from megatron_k2.rl.critic.brief import Brief, correctness, load_prompt
 from megatron_k2.rl.critic.closed_loop import CriticPairs
 from megatron_k2.rl.critic.critics import CriticFailed, JudgeCritic, PolicyCritic
 from megatron_k2.rl.critic.groups import judge_ranked
+from megatron_k2.rl.critic.held_out import HeldOutPairs, Play, read_pairs
 from megatron_k2.rl.critic.rubrics import load_rubrics
 from megatron_k2.rl.critic.watch import Watch, read_comparisons
 from megatron_k2.rl.episode import Group
-from megatron_k2.rl.run_tables import CriticRules
+from megatron_k2.rl.run_critic import CriticRules
 
 
 class RunCritic:
@@ -34,6 +35,9 @@ class RunCritic:
         rules: of the run file.
         seed: of the run.
         judge: frozen, that watches; None: the policy's own verdicts at the first step are kept.
+        play: plays held-out tasks, whose pairs the critic's accuracy is measured on; None: the
+            run file names pairs.
+        measures: whether this engine measures that accuracy.
 
     Raises:
         ValueError: no such prompt, rubrics or sample.
@@ -46,11 +50,18 @@ class RunCritic:
         rules: CriticRules,
         seed: int,
         judge: Judge | None = None,
+        play: Play | None = None,
+        measures: bool = True,
     ) -> None:
         self._critic = PolicyCritic(engine, chat_format, max_tokens=rules.max_tokens)
         self._prompt, self._book = load_prompt(rules.prompt), load_rubrics(rules.rubrics)
-        self._pairs = CriticPairs(correctness(rules.prompt), rules.pairs_per_task)
+        asked = correctness(rules.prompt)
+        self._pairs = CriticPairs(asked, rules.pairs_per_task)
         self._rules, self._seed = rules, seed
+        self._held_out: HeldOutPairs | None = None
+        if rules.accuracy_every and measures:
+            pairs = read_pairs(rules.accuracy_pairs) if rules.accuracy_pairs else ()
+            self._held_out = HeldOutPairs(asked, rules.pairs_per_task, pairs, play)
         self._watch: Watch | None = None
         if rules.watch:
             frozen = self._critic if judge is None else JudgeCritic(judge, rules.max_tokens)
@@ -78,11 +89,18 @@ class RunCritic:
                 found |= (await self._watch.measure(self._critic, self._seed)).scalars()
             except CriticFailed:  # a judge that is away for a while ends no run
                 found["watch_failed"] = 1.0
+        if self._held_out is not None and step % self._rules.accuracy_every == 0:
+            try:
+                found |= await self._held_out.measure(self._critic, step, self._seed)
+            except CriticFailed:  # nor do pairs that are too long for the engine
+                found["held_out/failed"] = 1.0
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the pairs, and what the frozen judge said, as JSON."""
+        """Return the pairs, those held out, and what the frozen judge said, as JSON."""
         state = self._pairs.state_dict()
+        if self._held_out is not None:
+            state |= {"held_out": self._held_out.state_dict()}
         return state if self._watch is None else state | {"watch": self._watch.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -90,3 +108,19 @@ class RunCritic:
         self._pairs.load_state_dict(state)
         if self._watch is not None and "watch" in state:
             self._watch.load_state_dict(state["watch"])
+        if self._held_out is not None and "held_out" in state:
+            self._held_out.load_state_dict(state["held_out"])
+
+
+def check_critic_files(rules: CriticRules) -> None:
+    """Read everything that the rules name, before a model is built.
+
+    Raises:
+        ValueError: no such prompt or rubrics, or a file is not of its form; names the line.
+    """
+    load_prompt(rules.prompt)
+    load_rubrics(rules.rubrics)
+    if rules.watch:
+        read_comparisons(rules.watch)
+    if rules.accuracy_pairs:
+        read_pairs(rules.accuracy_pairs)

@@ -21,6 +21,7 @@ from megatron_k2.inputs import read_toml
 from megatron_k2.rl.critic.brief import Brief, load_prompt
 from megatron_k2.rl.critic.critics import JudgeCritic
 from megatron_k2.rl.critic.groups import RANKED, question_of
+from megatron_k2.rl.critic.planted_ranks import misranked
 from megatron_k2.rl.critic.rubrics import load_rubrics
 from megatron_k2.rl.critic.tournament import rank
 
@@ -91,11 +92,19 @@ class OpenPrompts(SingleTurn):
 
 
 class RankedPrompts(OpenPrompts):
-    """Requests without one right answer; the critic ranks the answers of a group."""
+    """Requests without one right answer; the critic ranks the answers of a group.
+
+    One answer has no gold: what proves it are planted groups, see ``planted_ranks.py``.
+    """
 
     name: ClassVar[str] = "open_ranked"
     needs: ClassVar[tuple[str, ...]] = ()
     is_ranked: ClassVar[bool] = True
+
+    @classmethod
+    async def prove(cls, tasks: Sequence[Task]) -> Sequence[str] | None:
+        """Return which planted groups are not ranked as they were planted."""
+        return await misranked(tasks, Brief(load_prompt(), load_rubrics().rubrics))
 
     async def verify(self, task: Task, answer: Answer) -> Verdict:
         """Hold the place of a rank."""

@@ -81,7 +81,7 @@ def _verdict(rubrics: Sequence[Rubric], one: Comparison, roll: random.Random) ->
     side: Side = "A" if liked + roll.gauss(0.0, _NOISE) > 0 else "B"
     weighed = {rubric.name: side for rubric in rubrics if not rubric.mandatory}
     failed = {
-        rubric.name: (_fails(rubric.name, one.first), _fails(rubric.name, one.second))
+        rubric.name: (fails(rubric.name, one.first), fails(rubric.name, one.second))
         for rubric in rubrics
         if rubric.mandatory
     }
@@ -94,7 +94,8 @@ def _liking(question: str, text: str) -> float:
     return _PER_FACT * facts + _PER_PRAISE * praise + _PER_HEDGE * hedges
 
 
-def _fails(rubric: str, text: str) -> bool:
+def fails(rubric: str, text: str) -> bool:
+    """Tell whether a text fails a mandatory rubric on praise, by patterns."""
     rules = {"no_initial_praise": _OPENING, "no_justification": _PRAISE}
     return rubric in rules and rules[rubric].search(text) is not None
 

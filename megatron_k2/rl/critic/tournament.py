@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -82,6 +82,7 @@ class Ranking:
         rewards: of each answer, in [0, 1].
         points: won comparisons, ties for a half, over comparisons.
         failed: whether an answer ranks behind for a mandatory rubric.
+        winners: of the pairs that met: (one, other) -> ``A``: the one, ``B``: the other, ``tie``.
         counts: see ``Counts``.
         model, brief: who judged, and the hash of what it was told.
         versions: of the weights that judged; empty where unknown.
@@ -90,6 +91,7 @@ class Ranking:
     rewards: tuple[float, ...]
     points: tuple[float, ...]
     failed: tuple[bool, ...]
+    winners: Mapping[tuple[int, int], Side]
     counts: Counts = field(default_factory=Counts)
     model: str = ""
     brief: str = ""
@@ -163,12 +165,13 @@ async def rank(
     verdicts = dict(zip(orders, said, strict=True))
     counts.identical = len(met) - len(asked)
     _count(counts, asked, verdicts)
-    points = _points(len(answers), met, verdicts)
+    winners = {(i, j): both_orders(verdicts.get((i, j)), verdicts.get((j, i))) for i, j in met}
+    points = _points(len(answers), winners)
     failed = _failed(len(answers), verdicts)
     counts.failed = sum(failed)
     rewards = rank_rewards(points, failed)
     return Ranking(
-        tuple(rewards), tuple(points), tuple(failed), counts,
+        tuple(rewards), tuple(points), tuple(failed), winners, counts,
         critic.model, brief.hash, tuple(sorted(versions)),
     )  # fmt: skip
 
@@ -203,10 +206,9 @@ def _count(counts: Counts, asked: Sequence[tuple[int, int]], verdicts: Orders) -
             counts.flipped += sides[0] == sides[1]  # the same place won, so another answer did
 
 
-def _points(num_answers: int, met: Sequence[tuple[int, int]], verdicts: Orders) -> list[float]:
+def _points(num_answers: int, winners: Mapping[tuple[int, int], Side]) -> list[float]:
     won, played = [0.0] * num_answers, [0] * num_answers
-    for i, j in met:
-        side = both_orders(verdicts.get((i, j)), verdicts.get((j, i)))
+    for (i, j), side in winners.items():
         won[i] += {"A": 1.0, "B": 0.0, "tie": 0.5}[side]
         won[j] += {"A": 0.0, "B": 1.0, "tie": 0.5}[side]
         played[i] += 1

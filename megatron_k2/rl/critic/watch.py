@@ -8,7 +8,6 @@ judge's falls). The frozen judge is asked once; its verdicts are part of the sta
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from megatron_k2.evaluation.intervals import wilson
 from megatron_k2.rl.critic.brief import Brief, Comparison
 from megatron_k2.rl.critic.critics import Critic
+from megatron_k2.rl.critic.json_lines import numbered_objects
 from megatron_k2.rl.critic.tournament import ask_seed, await_all
 from megatron_k2.rl.critic.verdicts import Side
 
@@ -83,18 +83,11 @@ def read_comparisons(path: str) -> list[Comparison]:
         ValueError: it is not there, or a line is not of that form; names the line.
     """
     found = []
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        for number, line in enumerate(text.split("\n"), 1):  # a string may hold U+2028
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-                found.append(Comparison(*(value[key] for key in ("question", "first", "second"))))
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"watch {path}, line {number}: {error!r}") from error
-    except OSError as error:
-        raise ValueError(f"watch {path}: {error.strerror}") from error
+    for number, value in numbered_objects(Path(path), "watch"):
+        try:
+            found.append(Comparison(*(value[key] for key in ("question", "first", "second"))))
+        except KeyError as error:
+            raise ValueError(f"watch {path}, line {number}: there is no {error}") from error
     return found
 
 

@@ -1,12 +1,14 @@
 """What was played, for people: a row an episode, and some of them as text.
 
-``episodes.jsonl`` has one row for each delivered episode, without its tokens; ``episodes.txt`` the
-best and the worst of a few groups of each batch, as one would read them. A run that goes back to a
-checkpoint calls ``rewind``, so that no episode stands there twice.
+``episodes.jsonl`` has one row for each delivered episode, without its tokens; the best and the
+worst of a few groups of each batch have their messages too, and stand in ``episodes.txt`` as one
+would read them. The groups that are shown are of all environments in turn. A run that goes back to
+a checkpoint calls ``rewind``, so that no episode stands there twice.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -26,7 +28,7 @@ class EpisodeLog:
 
     Args:
         folder: for them.
-        num_shown: groups of a batch that are written as text.
+        num_shown: groups of a batch whose messages are written.
     """
 
     def __init__(self, folder: Path, num_shown: int = 2) -> None:
@@ -41,15 +43,18 @@ class EpisodeLog:
             groups: of the batch.
             rewards: of the judged episodes, by id.
         """
+        shown = _in_turn(groups, step)[: self._num_shown]
+        extremes = {one.id: one for group in shown for one in _extremes(group, rewards)}
         with open(self._folder / ROWS, "a", encoding="utf-8") as file:
             for group in groups:
                 for episode in group.episodes:
                     row = row_of(step, group, episode, rewards.get(episode.id))
+                    if episode.id in extremes:
+                        row["messages"] = _short(episode.ledger.messages)
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
         with open(self._folder / TEXT, "a", encoding="utf-8") as file:
-            for group in groups[: self._num_shown]:
-                for episode in _extremes(group, rewards):
-                    file.write(rendered(step, episode, rewards.get(episode.id)))
+            for episode in extremes.values():
+                file.write(rendered(step, episode, rewards.get(episode.id)))
 
     def rewind(self, step: int) -> None:
         """Take out what was written for ``step`` and later ones."""
@@ -110,6 +115,26 @@ def rendered(step: int, episode: Episode, reward: float | None) -> str:
     lines.append(f"--- reward {'none' if reward is None else f'{reward:g}'} ({parts})")
     text = "\n".join(lines).replace(RULE, RULE[:-1] + " ")
     return f"{text}\n{RULE}\n"
+
+
+def _in_turn(groups: Sequence[Group], step: int) -> list[Group]:
+    """Return the groups so that environments take turns; another begins at each step."""
+    by_env: dict[str, list[Group]] = {}
+    for group in groups:
+        by_env.setdefault(group.task.env, []).append(group)
+    names = sorted(by_env)
+    names = [*names[step % len(names) :], *names[: step % len(names)]] if names else []
+    rounds = itertools.zip_longest(*(by_env[name] for name in names))
+    return [group for one in rounds for group in one if group is not None]
+
+
+def _short(value: Any) -> Any:
+    """Return messages with long texts cut, as JSON."""
+    if isinstance(value, str):
+        return _cut(value)
+    if isinstance(value, Mapping):
+        return {name: _short(one) for name, one in value.items()}
+    return [_short(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _cut(text: str) -> str:

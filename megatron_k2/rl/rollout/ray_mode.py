@@ -1,9 +1,11 @@
-"""Rollouts on many hosts with Ray: an actor for each engine, engines by URL.
+"""Rollouts on many hosts with Ray: actors that play episodes over engines by URL.
 
-Groups, ids, seeds and the buffer are the driver's, so that a batch is the same as with one engine,
-episode for episode, as far as the engines are. Whole batches only. A group goes to the engine with
-the fewest; an actor that dies is started again by Ray, and its groups are asked for again.
-Environments run beside the actors. Shown with Ray on one machine; many hosts were not tried.
+In a run (``--k2-rl-ray-actors``) they share the trainer's own engine, which ``served.py`` puts
+behind a URL: environments, sandboxes and judges are spread over hosts, weights are not. Groups,
+ids, seeds and the buffer are the driver's, so that a batch is the same as without Ray, episode for
+episode, as far as the engines are. Whole batches only. A group goes to the actor with the fewest;
+one that dies is started again by Ray, and its groups are asked for again. Shown with Ray on one
+machine; many hosts were not tried.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from megatron_k2.gym.services import Services
 from megatron_k2.rl.rollout.buffer import Buffer
 from megatron_k2.rl.rollout.records import OpenGroup, fill_episode
 from megatron_k2.rl.rollout.scheduler import Rollouts
+from megatron_k2.rl.rollout.served import ServedEngine
 from megatron_k2.rl.rollout.slots import Rules
 from megatron_k2.rl.rollout.table import Draw
 from megatron_k2.rl.rollout.worker import GroupWorker, WorkerPlan
@@ -34,12 +37,14 @@ class RayRollouts(Rollouts):
     """``Rollouts`` whose episodes are played by Ray actors.
 
     Args:
-        urls: of the engines, with /v1, an actor each.
+        urls: of the engines, with /v1, an actor each; one engine may be there several times.
         plan: of the actors.
         format: as the plan's.
         buffer: see ``Rollouts``.
         address: of the Ray cluster; empty: this machine's own.
         environments: name -> class, as the plan's.
+        served: this process's own engine, if the URLs are its: it is served while groups are
+            played.
 
     Raises:
         ValueError: Ray cannot be used, or does not start.
@@ -53,11 +58,12 @@ class RayRollouts(Rollouts):
         buffer: Buffer | None = None,
         address: str = "",
         environments: Callable[[str], type[Environment]] = environment,
+        served: ServedEngine | None = None,
     ) -> None:
         engine: Any = None  # the actors have them
         super().__init__(engine, format, Services(), plan.settings, buffer, environments)
-        self._format = format
-        self._ray = _started(address)
+        self._format, self._served = format, served
+        self._ray = connected(address)
         kind = self._ray.remote(GroupWorker).options(
             max_restarts=-1, max_concurrency=1000, num_cpus=1
         )
@@ -78,12 +84,16 @@ class RayRollouts(Rollouts):
         """End the actors."""
         for actor in self._actors:
             self._ray.kill(actor)
+        if self._served is not None:
+            await self._served.stop()
         await super().close()
 
     def _require(self, version: int) -> None:
         """The actors compare versions themselves."""
 
     async def _iteration(self, rules: Rules, wanted: int, draw: Draw | None) -> list[OpenGroup]:
+        if self._served is not None:
+            await self._served.start()
         self.table.unqueue()  # the actors have their own
         groups = list(self.table.groups.values())
         try:
@@ -127,16 +137,26 @@ class RayRollouts(Rollouts):
         raise AssertionError
 
 
-def _started(address: str) -> Any:
-    """Return the package, connected."""
+def own_address() -> str:
+    """Return the address at which the cluster's other hosts reach this one."""
+    ray = importlib.import_module("ray")
+    return str(ray.util.get_node_ip_address())
+
+
+def connected(address: str) -> Any:
+    """Return Ray's package, connected to a cluster, or to one of this machine that it starts.
+
+    Raises:
+        ValueError: Ray cannot be used, or does not start.
+    """
     try:
         optional("ray").require()
     except ImportError as error:
-        raise ValueError(f"Ray: {error}") from error
+        raise ValueError(f"--k2-rl-ray-actors: {error}") from error
     ray = importlib.import_module("ray")
     if not ray.is_initialized():
         try:
             ray.init(address=address or None, log_to_driver=False, logging_level="ERROR")
         except Exception as error:  # Ray raises plain ones
-            raise ValueError(f"Ray did not start: {error}") from error
+            raise ValueError(f"--k2-rl-ray-address {address}: {error}") from error
     return ray

@@ -22,7 +22,8 @@ class RolloutSettings:
         slots: requests under way at once; the engine's ``max_running`` makes no step wait.
         max_episodes: episodes alive at once, those in their environments too; 0: twice ``slots``.
         top_p: nucleus of sampling.
-        budgets: tokens of an episode by environment, in place of the environment's own.
+        budgets: tokens of an episode by environment, in place of the environment's own; a task
+            that names fewer has those.
         max_budget: no episode says more, whatever its task or environment says; 0: no such bound.
         max_turns: answers of an episode.
         env_timeout_s: of one ``reset``, ``step`` or ``close``; what takes longer is a verdict of
@@ -99,5 +100,6 @@ class RolloutSettings:
 
     def budget_of(self, task: Task, own: int) -> int:
         """Return how many tokens the policy may say in an episode; ``own``: the environment's."""
-        budget = task.budget or self.budgets.get(task.env) or own
+        named = [one for one in (task.budget, self.budgets.get(task.env)) if one]
+        budget = min(named, default=own)
         return min(budget, self.max_budget) if self.max_budget else budget

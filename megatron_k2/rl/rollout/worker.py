@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
@@ -21,6 +21,7 @@ from megatron_k2.rl.rollout.records import OpenGroup, episode_line, task_from
 from megatron_k2.rl.rollout.settings import RolloutSettings
 from megatron_k2.rl.rollout.slots import Rules
 from megatron_k2.rl.rollout.table import GroupTable
+from megatron_k2.rl.services import ServicePlan
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class WorkerPlan:
     Attributes:
         settings: of each worker's engine.
         tokenizer, template, keep: see ``KimiFormat.load``.
-        services: ``module:function`` that returns the environments' services.
+        services: for the environments, made beside each worker.
+        api_key: that the engine asks for; empty: none.
         environments: ``module:function`` that returns an environment by name.
         routed_experts: ask the engine for them; our own server has them.
     """
@@ -39,7 +41,8 @@ class WorkerPlan:
     tokenizer: str
     template: str = "kimi-k2"
     keep: Keep = "released"
-    services: str = "megatron_k2.gym.services:Services"
+    services: ServicePlan = field(default_factory=ServicePlan)
+    api_key: str = ""
     environments: str = "megatron_k2.gym.registry:environment"
     routed_experts: bool = False
 
@@ -105,9 +108,12 @@ class GroupWorker:
         async with self._connecting:
             if self._engine is None or self._table is None:
                 routes = self._plan.routed_experts
-                self._engine = await OpenAIEngine.connect(self._url, routed_experts=routes)
+                self._engine = await OpenAIEngine.connect(
+                    self._url, api_key=self._plan.api_key, routed_experts=routes
+                )
+                services = await self._plan.services.make(self._engine, self._format)
                 self._table = GroupTable(
-                    self._engine, self._format, _named(self._plan.services)(),
+                    self._engine, self._format, services,
                     self._plan.settings, Buffer(), _named(self._plan.environments),
                 )  # fmt: skip
             rules = Rules(version, temperature, self._plan.settings.top_p)

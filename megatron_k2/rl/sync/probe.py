@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model
 
 from megatron_k2.engine.base import Engine, Request, Sampling, generate
 from megatron_k2.rl.sync.fingerprint import Top
@@ -37,14 +38,21 @@ def trainer_top(model: Any, vocab_size: int) -> tuple[Top, ...]:
     Returns:
         For each beginning, eight tokens at most and their log-probabilities, best first.
 
-    Collective: the model's forward, and an all-gather of logits over tensor parallelism.
+    Collective: the model's forward, and all-gathers of logits over tensor and context parallelism.
     """
-    device = next(model.parameters()).device
-    ids = torch.tensor([probe_prompt(vocab_size)], device=device)
-    positions = torch.arange(ids.shape[1], device=device)[None]
+    device, group = next(model.parameters()).device, unwrap_model(model).pg_collection.cp
+    prompt = probe_prompt(vocab_size)
+    # Context parallelism halves the row of each rank; nothing sees what is added behind.
+    length = -(-len(prompt) // (2 * group.size())) * 2 * group.size()
+    ids = torch.tensor([[*prompt, *prompt * group.size()][:length]], device=device)
+    given = {"ids": ids, "places": torch.arange(length, device=device)[None]}
+    if group.size() > 1:
+        given = get_batch_on_this_cp_rank(given, is_hybrid_cp=False, cp_group=group)
     with _evaluating(model):
-        logits = model(ids, positions, None, runtime_gather_output=True)[0]
-    log_probs = torch.log_softmax(logits.float(), -1)[:, :vocab_size]
+        logits = model(given["ids"], given["places"], None, runtime_gather_output=True)[0]
+    if group.size() > 1:
+        logits = _in_order(logits, given["places"][0], group)
+    log_probs = torch.log_softmax(logits[: len(prompt)].float(), -1)[:, :vocab_size]
     best = log_probs.topk(min(_NUM_BEST, vocab_size))
     pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     return tuple(tuple(zip(*pair, strict=True)) for pair in pairs)
@@ -61,6 +69,15 @@ async def engine_top(engine: Engine, vocab_size: int, version: int) -> tuple[Top
         )
     )
     return tuple(((one.ids[0], one.log_probs[0]),) for one in answers)
+
+
+def _in_order(logits: torch.Tensor, places: torch.Tensor, group: Any) -> torch.Tensor:
+    """Return the rows [s / cp, vocabulary] of all context-parallel ranks by their places."""
+    rows = [torch.empty_like(logits) for _ in range(group.size())]
+    torch.distributed.all_gather(rows, logits.contiguous(), group=group)
+    where = [torch.empty_like(places) for _ in range(group.size())]
+    torch.distributed.all_gather(where, places.contiguous(), group=group)
+    return torch.cat(rows)[torch.cat(where).argsort()]
 
 
 @contextmanager

@@ -7,6 +7,8 @@ examples:
   run_recipe.py examples/kimi_k2_1t/recipe.toml --scale nano
   # on every node of a cluster, with the text's prefixes in the environment
   run_recipe.py examples/kimi_k2_1t/recipe.toml --nodes 32 --node-rank 0 --master host0
+  # as far as one stage; the same command without --until goes on from there
+  run_recipe.py examples/kimi_k2_1t/recipe.toml --scale nano --until decay
   # in a Slurm allocation: each stage is one job step
   run_recipe.py examples/kimi_k2_1t/recipe.toml --launcher slurm
 
@@ -21,13 +23,14 @@ import re
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_k2.presets import load_preset
 from megatron_k2.training.command_line import run_tool
 from megatron_k2.training.launchers import DEFAULT_PORT, KINDS, Launcher, slurm_launcher
 from megatron_k2.training.recipes import text as recipe_text
-from megatron_k2.training.recipes.plan import TRAIN_MODULE, Run, plan_stages, table
+from megatron_k2.training.recipes.plan import TRAIN_MODULE, PlannedStage, Run, plan_stages, table
 from megatron_k2.training.recipes.recipe import Recipe, read_recipe
 from megatron_k2.training.recipes.runner import Runner, check_command_lines, say, summary
 
@@ -45,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", "--output", type=Path, metavar="DIR", help="default: out/NAME[-SCALE]"
     )
+    parser.add_argument("--until", metavar="STAGE", help="leave after it; without, it goes on")
     parser.add_argument("--dry-run", action="store_true", help="print stages and command lines")
     parser.add_argument("--launcher", choices=KINDS, default="torchrun", help="default: torchrun")
     parser.add_argument("--nodes", type=int, default=1, help="torchrun: nodes, this one included")
@@ -107,17 +111,33 @@ def execute(args: argparse.Namespace) -> None:
     launcher = launcher_of(args, recipe.processes)
     output = args.out or Path("out") / "-".join(filter(None, (recipe.name, args.scale)))
     planned = plan_stages(recipe)
+    last = last_planned(planned, args.until)
     run = Run(recipe, planned, output, _Shown(os.environ), launcher.nodes)
     say("recipe", f"{recipe.name}: {recipe.summary}\n{table(run)}")
     if args.dry_run:
         show_command_lines(run, launcher)
         return
     run = Run(recipe, planned, output, variables_of(recipe, output), launcher.nodes)
-    state = Runner(run, launcher).execute()
+    state = Runner(run, launcher).execute(last)
     for line in summary(run, state):
         say("summary", line)
-    last = run.checkpoints(planned[-1])
-    say("summary", f"step {planned[-1].last_step:,} in {last}; tensorboard/ in {output}")
+    where = run.checkpoints(last)
+    say("summary", f"step {last.last_step:,} in {where}; tensorboard/ in {output}")
+
+
+def last_planned(planned: Sequence[PlannedStage], until: str | None) -> PlannedStage:
+    """Return the last stage to run: that of ``--until``, else the recipe's.
+
+    Raises:
+        ValueError: no such stage.
+    """
+    if until is None:
+        return planned[-1]
+    for one in planned:
+        if one.stage.name == until:
+            return one
+    names = ", ".join(one.stage.name for one in planned)
+    raise ValueError(f"--until {until}: stages are {names}")
 
 
 def show_command_lines(run: Run, launcher: Launcher) -> None:

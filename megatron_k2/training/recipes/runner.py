@@ -75,8 +75,11 @@ class Runner:
         """Whether this runner keeps the state: that of node 0."""
         return self.launcher.node_rank == 0
 
-    def execute(self) -> dict[str, Any]:
+    def execute(self, last: PlannedStage | None = None) -> dict[str, Any]:
         """Run all stages and evaluations that are not done; return the state.
+
+        Args:
+            last: stage to leave after; None: all are run.
 
         Raises:
             ValueError: the folder holds a run of another recipe, or a stage refused its input.
@@ -90,6 +93,8 @@ class Runner:
                 for evaluation, after in self.run.evaluations():
                     if after is planned:
                         self._evaluate(evaluation, after, lock)
+                if planned is last:
+                    break
         return self._state()
 
     @contextmanager

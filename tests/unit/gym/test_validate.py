@@ -1,4 +1,6 @@
 import asyncio
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -106,3 +108,12 @@ def test_the_example_of_the_readme_holds() -> None:
 def test_the_tool_is_thin() -> None:
     tool = Path(__file__).resolve().parents[3] / "tools" / "gym.py"
     assert len(tool.read_text().splitlines()) < 15
+
+
+def test_a_reader_that_has_had_enough_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``gym.py show mathematics | head`` is one."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert command.gym(["show", "mathematics", "--num", "2"]) is None

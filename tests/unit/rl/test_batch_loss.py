@@ -6,6 +6,7 @@ probabilities are not the trainer's.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from megatron_k2.engine.base import Request, Sampling
 from megatron_k2.engine.core import LocalCore
 from megatron_k2.rl.batch_loss import Batch, ForwardStep, make_batch
+from megatron_k2.rl.outcome import GroupOutcome, trained_samples
 from megatron_k2.rl.rows import LIVE, Sample, episode_rows, ptx_row
 from megatron_k2.rl.run_tables import Objective
 from tests.unit.engine.small_models import LIMITS, build, prompt_of, run
@@ -128,6 +130,28 @@ def test_loss_and_gradients_equal_the_twins(model: Any, correction: str) -> None
         assert min(weights) < 1.0
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(ours[name], gradient, rtol=2e-4, atol=2e-6, msg=name)
+
+
+def test_groups_of_one_reward_can_be_left_out_of_an_on_policy_step(model: Any) -> None:
+    samples = rolled_out(build(seed=4))
+    rewards = [(1.0, 0.0), (1.0, 1.0), (0.25, 0.5)]
+    outcomes = [
+        GroupOutcome(at, f"g{at}", "t", "e", tuple(samples[2 * at : 2 * at + 2]), one, one,
+                     ("finished",) * 2, 0, (5, 5))
+        for at, one in enumerate(rewards)
+    ]  # fmt: skip
+    found: list[dict[str, Tensor]] = []
+    for even in (True, False):
+        chosen = trained_samples(outcomes, even)
+        assert len(chosen) == (6 if even else 4)
+        batch = make_batch(chosen, episode_rows(chosen, SEQ_LENGTH), [], SEQ_LENGTH, 1, 0.0)
+        trained(model, batch, Objective(tau=0.2))
+        found.append(gradients(model))
+    for name, gradient in found[0].items():
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(found[1][name], gradient, rtol=0, atol=1e-4 * scale + 1e-9)
+    level = [dataclasses.replace(one, rewards=(1.0, 1.0)) for one in outcomes]
+    assert len(trained_samples(level, even=False)) == 6  # a step needs a batch
 
 
 def test_recorded_experts_are_replayed_where_the_trainer_would_choose_others(model: Any) -> None:

@@ -43,6 +43,14 @@ def test_the_smallest_file_gives_a_whole_run(tmp_path: Path) -> None:
         ("[rollout]\ntemperature = nan\n", "temperature"),
         ('[rollout]\ntemperature = {start = "a", end = 1.0}\n', "start"),
         ('[critic]\nrubrics = "core"\n', "rubrics"),
+        ("[rollout]\nmax_turns = 0\n", "max_turns"),
+        ("[rollout]\nenv_timeout_s = 0\n", "env_timeout_s"),
+        ("[rollout]\nmax_failed = 1.5\n", "max_failed"),
+        ('[rollout]\ntoo_old = "mask"\nmax_lag = 1\n', "restart, drop, keep"),
+        ('[rollout]\ntoo_old = "drop"\n', "max_lag"),
+        ("[repetition]\nmin_repeats = 1\n", "min_repeats"),
+        ("[probing]\ntasks = 4\n", "'instructions'"),
+        ('[critic]\naccuracy_pairs = "p.jsonl"\n', "accuracy_every"),
     ],
 )
 def test_a_wrong_key_or_value_is_named(tmp_path: Path, text: str, named: str) -> None:
@@ -51,6 +59,13 @@ def test_a_wrong_key_or_value_is_named(tmp_path: Path, text: str, named: str) ->
     with pytest.raises(UsageError, match="--k2-rl-run") as caught:
         read_run(path)
     assert named in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_a_source_has_a_budget_of_its_own() -> None:
+    run = run_from(tomllib.loads(SMALLEST + "budget = 7\n[repetition]\nmax_period = 0\n"))
+    assert run.environments[0].budget == 7 and run.repetition.rule is None
+    with pytest.raises(ValueError, match=r"\[environments\] budget -1"):
+        run_from(tomllib.loads(SMALLEST + "budget = -1\n"))
 
 
 def test_a_run_needs_steps_and_environments() -> None:

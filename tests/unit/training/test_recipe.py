@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megatron_k2.training.launchers import Launcher, slurm_launcher
+from megatron_k2.training.recipes.command import last_planned
 from megatron_k2.training.recipes.plan import (
     PlannedStage,
     Run,
@@ -21,7 +22,7 @@ from megatron_k2.training.recipes.plan import (
     table,
 )
 from megatron_k2.training.recipes.recipe import Recipe, expand, parse_recipe, read_recipe
-from megatron_k2.training.recipes.runner import read_losses, summary
+from megatron_k2.training.recipes.runner import Runner, read_losses, summary
 from megatron_k2.training.recipes.scale import scaled
 
 FOLDER = Path(__file__).resolve().parents[3] / "examples" / "kimi_k2_1t"
@@ -145,6 +146,22 @@ def test_stages_count_on_and_load_the_stage_before(tmp_path: Path):
     place = second.index("--data-path")
     assert second[place + 1 : place + 5] == ["0.25", "/a", "0.75", "/b"]
     assert "--finetune" not in second and "--override-opt-param-scheduler" in second
+
+
+def test_a_run_leaves_after_the_stage_that_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = run_of(tiny(), tmp_path)
+    ran: list[str] = []
+    monkeypatch.setattr("megatron_k2.training.recipes.runner.check_command_lines", lambda _: None)
+    monkeypatch.setattr(Runner, "_stage", lambda self, one, lock: ran.append(one.stage.name))
+    runner = Runner(run, Launcher("torchrun", 2))
+    runner.execute(last_planned(run.stages, "one"))
+    assert ran == ["one"]
+    runner.execute(last_planned(run.stages, None))
+    assert ran == ["one", "one", "two"]
+    with pytest.raises(ValueError, match="--until tow: stages are one, two"):
+        last_planned(run.stages, "tow")
 
 
 def test_the_schedule_of_a_stage_of_another_batch_size_begins_where_it_does():

@@ -11,10 +11,10 @@ from typing import Any
 import httpx
 import pytest
 
-from megatron_k2.agentic.model import Model, Question, Refused, Reply
+from megatron_k2.agentic.model import Model, NotRecorded, Question, Refused, Reply
 from megatron_k2.agentic.models.counted import TALLY, CountedModel, Tally
 from megatron_k2.agentic.models.json_answers import ask_json
-from megatron_k2.agentic.models.recorded import RecordedModel, read_recordings
+from megatron_k2.agentic.models.recorded import RecordedModel, Recording, read_recordings
 from megatron_k2.agentic.models.routed import RenamedModel, RoutedModel
 from megatron_k2.agentic.models.scripted import ScriptedModel, in_one_form
 from megatron_k2.agentic.models.server import FLAGS, ServerModel
@@ -102,7 +102,7 @@ def test_a_replay_asks_nobody_and_repeats_refusals(tmp_path: Path) -> None:
     model = Fixed(lambda asked: str(asked.messages[0]["content"]))
 
     async def first() -> Reply:
-        recorded = RecordedModel(model, path)
+        recorded = RecordedModel(model, Recording(path))
         with pytest.raises(Refused, match="never"):
             await recorded.ask(question("refuse"))
         found = [await recorded.ask(question("a")) for _ in range(2)]
@@ -111,8 +111,8 @@ def test_a_replay_asks_nobody_and_repeats_refusals(tmp_path: Path) -> None:
         return found[0]
 
     async def again() -> Reply:
-        replay = RecordedModel(None, None, read_recordings([tmp_path]))
-        with pytest.raises(Refused, match="no answer is recorded"):
+        replay = RecordedModel(None, Recording(None, read_recordings([tmp_path])))
+        with pytest.raises(NotRecorded, match='of the role policy, which ends "b"'):
             await replay.ask(question("b"))
         with pytest.raises(Refused, match="never"):
             await replay.ask(question("refuse"))
@@ -201,8 +201,9 @@ def test_a_key_is_sent_to_no_other_address(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("ONE", "1")
     monkeypatch.setenv("TWO", "2")
     judges = ("--model-for", "judge=http://b/v1,m", "--model-for", "user=http://a/v1,n")
-    assert keys(*judges, "--key-env", "ONE") == {"": "1", "judge": "", "user": "1"}
+    found = {"": "1", "judge": "", "judge-2": "", "user": "1"}
+    assert keys(*judges, "--key-env", "ONE") == found
     both = ("--key-env", "ONE", "--key-env", "judge=TWO")
-    assert keys(*judges, *both) == {"": "1", "judge": "2", "user": "1"}
+    assert keys(*judges, *both) == found | {"judge": "2", "judge-2": "2"}
     with pytest.raises(ValueError, match="--key-env THREE: this environment variable is not set"):
         keys("--key-env", "THREE")

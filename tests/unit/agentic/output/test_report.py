@@ -15,7 +15,7 @@ from megatron_k2.agentic.output.report import WARNING, ReportData, report
 from megatron_k2.agentic.output.samples import Sample
 from megatron_k2.agentic.records import Agent, Judgement
 from tests.unit.agentic.judge.dialogues import criterion, good, task
-from tests.unit.agentic.output import browser
+from tests.unit.html_page import browser
 
 ATTACK = (
     "</pre><script>document.title='owned'</script><img src=https://example.com/x onerror=alert(1)>"

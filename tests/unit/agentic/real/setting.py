@@ -17,16 +17,16 @@ from tests.unit.gym.sandbox.setting import any_sandbox
 HOSTILE = Path(__file__).with_name("hostile.py")
 # Small, so that reaching one takes a moment; times are for a machine under load.
 SMALL = SessionLimits(
-    start_s=30.0,
-    list_s=20.0,
-    call_s=20.0,
+    start_s=180.0,
+    list_s=120.0,
+    call_s=120.0,
     line_bytes=1 << 20,
     pages=3,
     tools=50,
     declaration_bytes=100_000,
     result_chars=2000,
     sandbox=Limits(
-        wall_s=120.0,
+        wall_s=900.0,
         cpu_s=60.0,
         memory_bytes=512 << 20,
         num_processes=32,

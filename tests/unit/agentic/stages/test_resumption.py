@@ -138,7 +138,7 @@ def test_a_file_changed_by_hand_is_found(whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, out)
     path = out / "tools" / "words.jsonl"
     path.write_bytes(path.read_bytes().replace(b"0", b"1", 1))
-    with pytest.raises(ValueError, match=r"words.jsonl: was changed after it was published"):
+    with pytest.raises(ValueError, match=r"words.jsonl was changed after it was published"):
         run("--out", str(out), *SCRIPTED, *SIZE)
     assert run("--out", str(out), *SCRIPTED, *SIZE, "--restart-from", "tools") == []
     assert published(out) == published(whole)
@@ -176,11 +176,30 @@ def test_a_recording_answers_without_a_model(whole: Path, tmp_path: Path) -> Non
     answers = tmp_path / "first" / "answers"
     replayed = ("--out", str(tmp_path / "again"), *SIZE, "--replay", str(answers))
     assert run(*replayed) == []
-    for name in ("tools/words.jsonl", "agents/sentences.jsonl"):
-        assert (tmp_path / "again" / name).read_bytes() == (whole / name).read_bytes()
+    assert published(tmp_path / "again") == published(whole)
     assert json.loads((tmp_path / "again/spent.json").read_text())["tools"] == [0, 0]
-    with pytest.raises(ValueError, match="--model of evolve"):
-        run("--out", str(tmp_path / "again"), *SCRIPTED, *SIZE)
+    assert run("--out", str(tmp_path / "again"), *SCRIPTED, *SIZE) == []  # it is the same run
+    (answers / "models.json").unlink()
+    with pytest.raises(ValueError, match='--model of evolve "scripted", and now it is "replay"'):
+        run(*replayed)
+
+
+def test_a_replay_without_an_answer_stops_and_names_question_stage_and_flag(
+    tmp_path: Path,
+) -> None:
+    assert (
+        run("--out", str(tmp_path / "first"), *SCRIPTED, "--evolved-tools", "6", "--record") == []
+    )
+    replayed = ("--out", str(tmp_path / "again"), "--replay", str(tmp_path / "first" / "answers"))
+    words = (
+        r"--replay: no answer is recorded to question [0-9a-f]{16} of the role evolve in the stage "
+        r'tools, step words, which ends "a word for [67]"; give the flags of the recorded run, or '
+        r"--model"
+    )
+    with pytest.raises(ValueError, match=words):
+        run(*replayed, "--evolved-tools", "8")
+    assert not (tmp_path / "again" / "tools").exists()
+    assert run(*replayed, "--evolved-tools", "8", *SCRIPTED, "--restart-from", "tools") == []
 
 
 @pytest.mark.parametrize(

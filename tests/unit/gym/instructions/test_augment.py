@@ -20,7 +20,7 @@ from megatron_k2.gym.instructions.code_check import run_check
 from megatron_k2.gym.instructions.command import augment_instructions
 from megatron_k2.gym.instructions.environment import Instructions
 from megatron_k2.gym.instructions.expert import as_tasks
-from megatron_k2.gym.judging import ScriptedJudge
+from megatron_k2.gym.judging import JudgeGone, ScriptedJudge
 from megatron_k2.gym.sandbox.base import Command, Result
 from megatron_k2.gym.sandbox.find import candidates
 from megatron_k2.gym.services import Services
@@ -117,3 +117,20 @@ def test_the_tool_writes_an_expert_file_from_a_server_and_a_sandbox(tmp_path: Pa
     ]
     assert [task.metadata["gold"] for task in tasks] == ["tea tea"]
     assert "Say tea exactly twice." in str(tasks[0].messages)
+
+
+@pytest.mark.parametrize("answered", [0, 1])
+def test_a_server_that_is_gone_ends_it_instead_of_counting_no_answers(answered: int) -> None:
+    asked: list[int] = []
+
+    class Leaving:
+        model = "leaves"
+
+        async def ask(self, messages: Sequence[Message], seed: int, max_tokens: int = 512) -> str:
+            asked.append(seed)
+            if len(asked) > answered:
+                raise JudgeGone("--url: http://x gave no answer")
+            return json.dumps({"instruction": "Say tea twice."})
+
+    with pytest.raises(JudgeGone, match="--url"):
+        asyncio.run(augment(Leaving(), Trusting(), [], 3, 0))  # type: ignore[arg-type]

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_k2.data.rephrase import client
 from megatron_k2.gym.judging import ScriptedJudge
 from megatron_k2.gym.safety.command import evolve
 from megatron_k2.gym.safety.evolve import Attempt, Evolution
 from megatron_k2.gym.safety.seeds import Attack, read_attacks, seed_attacks, strategies
+from megatron_k2.training.command_line import run_tool
 from tests.unit.engine.scripted_engine import serving
 from tests.unit.gym.answering import answering
 from tests.unit.gym.safety.models import attacker, judge, target
@@ -115,3 +117,18 @@ def test_the_tool_evolves_against_servers_and_goes_on(
     assert read_attacks(tmp_path / "pool.jsonl") == whole.pool
     printed = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in printed] == ["round 1", "round 2", "round 3"]
+
+
+def test_a_server_that_is_not_there_is_an_error_that_names_its_flag(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "FIRST_WAIT_S", 0.001)
+    dead = "http://127.0.0.1:1/v1"
+    with serving(answering({"a": attacker(), "j": judge()})) as url:
+        flags = ["--url", url, "--attacker-model", "a", "--target-model", "t", "--judge-model", "j"]
+        flags += ["--target-url", dead, "--per-round", "2", "--output", str(tmp_path)]
+        assert run_tool(lambda: evolve(flags)) == 1
+    said = capsys.readouterr()
+    assert "--target-url" in said.err and dead in said.err and "round" not in said.out
+    assert not (tmp_path / "pool.jsonl").exists()
+    assert len((tmp_path / "attempts.journal").read_text().splitlines()) == 1  # nothing was tried

@@ -11,11 +11,11 @@ import pytest
 from megatron_k2.data.dialogues.command import preprocess
 from megatron_k2.rl.critic.bootstrap import PREFERRED, pair_rows, preference_rows
 from megatron_k2.rl.critic.brief import Brief, load_prompt
+from megatron_k2.rl.critic.command import critic_rows
 from megatron_k2.rl.critic.rubrics import load_rubrics
 from megatron_k2.rl.critic.spelled import made_pairs
 from tests.unit.chat.kimi_files import write_tokenizer
 from tests.unit.rl.critic.critic_setting import BRIEF
-from tools import critic_rows
 
 PAIR = {"prompt": "Why?", "chosen": "Because.", "rejected": "Great question!"}
 LABELS = {
@@ -93,10 +93,10 @@ def test_the_tool_writes_rows_that_preprocess_sft_reads(tmp_path: Path, capsys) 
     ]
     pairs.write_text("\n".join(json.dumps(one, ensure_ascii=False) for one in lines) + "\n")
     rows = tmp_path / "rows" / "critic.jsonl"
-    critic_rows.main(["--pairs", str(pairs), "--output", str(rows)])
+    critic_rows(["--pairs", str(pairs), "--output", str(rows)])
     assert "3 pairs (1 with labels of rubrics), 6 rows" in capsys.readouterr().out
     first = rows.read_bytes()
-    critic_rows.main(["--pairs", str(pairs), "--output", str(rows)])
+    critic_rows(["--pairs", str(pairs), "--output", str(rows)])
     assert rows.read_bytes() == first
     folder = write_tokenizer(tmp_path / "kimi")
     preprocess(
@@ -107,4 +107,16 @@ def test_the_tool_writes_rows_that_preprocess_sft_reads(tmp_path: Path, capsys) 
     assert found["dialogues"] == 6 and 0 < found["learned_tokens"] < found["tokens"]
     pairs.write_text('{"prompt": "a", "chosen": "b"}\n')
     with pytest.raises(ValueError, match=r"--pairs .*, line 1: rejected"):
-        critic_rows.main(["--pairs", str(pairs), "--output", str(rows)])
+        critic_rows(["--pairs", str(pairs), "--output", str(rows)])
+    with pytest.raises(ValueError, match="--prompt short: "):
+        critic_rows(["--pairs", str(pairs), "--output", str(rows), "--prompt", "short"])
+    with pytest.raises(ValueError, match="--rubrics cor: "):
+        critic_rows(["--pairs", str(pairs), "--output", str(rows), "--rubrics", "cor"])
+    for labels, said in (
+        ({"preferred": "chosen"}, "a pair without labels teaches 'preferred'"),
+        ({"clarity": "better"}, 'one of "chosen", "rejected", "tie"'),
+        ({"no_initial_praise": "pass"}, '"rejected": "pass" or "fail"'),
+    ):
+        pairs.write_text(json.dumps(PAIR | {"rubrics": labels}) + "\n")
+        with pytest.raises(ValueError, match=rf"--pairs .*, line 1: .*{said}"):
+            critic_rows(["--pairs", str(pairs), "--output", str(rows)])

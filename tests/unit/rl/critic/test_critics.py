@@ -16,7 +16,7 @@ from megatron_k2.rl.critic.critics import CriticFailed, JudgeCritic, PolicyCriti
 from megatron_k2.rl.critic.in_run import RunCritic
 from megatron_k2.rl.critic.tournament import rank
 from megatron_k2.rl.critic.watch import CriticDiverged
-from megatron_k2.rl.run_tables import CriticRules
+from megatron_k2.rl.run_critic import CriticRules
 from megatron_k2.rl.sync.fingerprint import SyncRefused
 from tests.unit.engine.scripted_engine import ByteFormat, ScriptedEngine
 from tests.unit.rl.critic.critic_setting import BRIEF, say

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -15,6 +16,7 @@ from megatron_k2.gym.services import Services
 from megatron_k2.gym.validate import validate
 from megatron_k2.rl.critic.brief import Brief, load_prompt
 from megatron_k2.rl.critic.groups import judge_ranked
+from megatron_k2.rl.critic.planted_ranks import misranked
 from megatron_k2.rl.critic.rubrics import load_rubrics
 from megatron_k2.rl.critic.verdicts import PairVerdict
 from tests.unit.rl.critic.critic_setting import group, prefers
@@ -33,9 +35,8 @@ def likes_sentences(messages, seed) -> str:
     return BRIEF.write([PairVerdict(side, weighed, failed)])
 
 
-@pytest.mark.parametrize("name", ["open_prompts", "open_ranked"])
-def test_gold_scores_1_and_empty_and_words_0(name: str) -> None:
-    kind = environment(name)
+def test_gold_scores_1_and_empty_and_words_0() -> None:
+    kind = environment("open_prompts")
     tasks = [*kind.load("train"), *kind.load("test")]
     assert len(tasks) == 16 and len({one.id for one in tasks}) == 16 and kind.load("test")
     services = Services(judge=ScriptedJudge(likes_sentences))
@@ -43,6 +44,19 @@ def test_gold_scores_1_and_empty_and_words_0(name: str) -> None:
     for wrong in ("empty", "words", "digits"):
         assert report.tallies[wrong].mean == 0.0, wrong
     assert report.tallies["gold"].mean == 1.0  # another's reference is no wrong answer to a script
+
+
+def test_planted_answers_to_ranked_requests_are_ranked_as_planted() -> None:
+    kind = environment("open_ranked")
+    tasks = [*kind.load("train"), *kind.load("test")]
+    report = asyncio.run(validate(kind, tasks, Services()))
+    assert report.failures == [] and "no gold" in report.line() and len(tasks) == 16
+    without = Brief(load_prompt(), load_rubrics(("core",)).rubrics)  # nothing forbids praise
+    found = asyncio.run(misranked(tasks, without))
+    assert len(found) == 16 and "half of it 0, that half with praise 0.5" in found[0]
+    bare = replace(tasks[0], metadata={"reference": "Hm."})
+    (said,) = asyncio.run(validate(kind, [bare], Services())).failures
+    assert "nothing can be planted" in said
 
 
 def test_an_unreadable_judge_is_an_error_never_a_zero() -> None:
@@ -60,6 +74,9 @@ def test_ranked_groups_get_ranks_and_others_keep_their_verdicts() -> None:
     counts = asyncio.run(judge_ranked(groups, better, load_prompt(), book, 1))
     assert [one.score for one in groups[0].episodes] == [0.0, 0.5, 1.0]
     assert [one.score for one in groups[1].episodes] == [0.0, 0.0, 0.0] and counts.asked == 6
+    said = [one.verdict.detail for one in groups[0].episodes]
+    assert said[0] == "points 0.000; worse than 1, 2"
+    assert said[1] == "points 0.500; better than 0; worse than 2"
 
 
 def test_requests_come_from_a_file_too(tmp_path) -> None:

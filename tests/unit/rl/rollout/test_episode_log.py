@@ -28,7 +28,12 @@ def test_each_episode_has_a_row_and_the_extremes_can_be_read(tmp_path: Path) -> 
     assert {row["status"] for row in rows} == {"ok", "wrong", "error"}
     first = rows[0]
     assert first["tokens"] > 0 and first["turns"] == 3 and first["versions"] == [0, 0]
+    told = [row for row in rows if "messages" in row]
+    assert {row["step"] for row in told} == {0, 1, 2} and len(told) <= 6
+    assert {row["env"] for row in told} == {row["env"] for row in rows}  # they take turns
+    assert all(row["messages"][-1]["role"] == "assistant" for row in told)
     text = (tmp_path / "episodes.txt").read_text()
+    assert text.count(RULE) == len(told)
     assert "step 0 | talk/t0#0/0 | finished after" in text
     assert "--- user\nsay 0 " in text and "--- verdict ok, score 1" in text
 

@@ -64,6 +64,10 @@ def test_a_budget_cuts_the_answer_and_the_cut_answer_is_judged() -> None:
         assert episode.ending == "budget" and episode.score is not None
     episode, _ = play(SeededEngine(mean=1e9), task_of(3), budgets={"words": 9})
     assert episode.num_sampled == 9
+    for own, least in ((50, 9), (5, 5)):  # the smaller of the task's and the run's
+        budgets = {"words": 9}
+        episode, _ = play(SeededEngine(mean=1e9), task_of(3, budget=own), budgets=budgets)
+        assert episode.num_sampled == least
     episode, _ = play(SeededEngine(mean=1e9), task_of(3, budget=50), max_budget=7)
     assert episode.num_sampled == 7
 

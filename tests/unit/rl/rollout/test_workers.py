@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_k2.compat import optional
+from megatron_k2.engine.openai import OpenAIEngine
 from megatron_k2.engine.server.app import make_app
 from megatron_k2.engine.server.service import Service
 from megatron_k2.rl.rollout.buffer import FileBuffer
+from megatron_k2.rl.rollout.served import ServedEngine
 from megatron_k2.rl.rollout.settings import RolloutSettings
 from megatron_k2.rl.rollout.worker import GroupWorker, WorkerPlan
 from tests.unit.chat.kimi_files import write_tokenizer
@@ -81,6 +83,37 @@ def test_a_worker_plays_groups_as_an_engine_of_its_own_would(tmp_path: Path) -> 
             assert (line["group"], line["ending"]) == (name, episode[2])
             assert f'"ids":{episode[4]}'.replace(" ", "") in line["ledger"]
     assert one == found[2][1:2]
+
+
+def test_an_engine_of_this_process_is_served_on_its_own_loop(tmp_path: Path) -> None:
+    """What Ray's actors of a run ask; between two collections its loop stands still."""
+    expected, plan = alone(), plan_of(tmp_path / "tokenizer")
+    engine = SeededEngine()
+
+    async def play(served: ServedEngine, at: int) -> Any:
+        await served.start()
+        worker = GroupWorker(replace(plan, api_key=served.token), served.url)
+        task = TASKS[at]
+        name = f"{task.env}/{task.id}#{at}"
+        return await worker.play(name, at, asdict(task), [0, 1, 2], 0, 1.0)
+
+    async def stranger(served: ServedEngine) -> None:
+        with pytest.raises(ValueError, match="401"):
+            await OpenAIEngine.connect(served.url, api_key="guessed")
+        await served.stop()
+        rest = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in rest:
+            task.cancel()
+        await asyncio.gather(*rest, return_exceptions=True)
+
+    served = ServedEngine(engine, small_format())
+    loop = asyncio.new_event_loop()
+    found = [loop.run_until_complete(play(served, at)) for at in range(2)]
+    loop.run_until_complete(stranger(served))
+    loop.close()
+    for (_, episodes), lines in zip(expected, found, strict=False):
+        for episode, line in zip(episodes, lines, strict=True):
+            assert f'"ids":{episode[4]}'.replace(" ", "") in line["ledger"]
 
 
 @pytest.mark.evidence  # half a minute of starting Ray

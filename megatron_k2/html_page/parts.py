@@ -1,14 +1,17 @@
-"""Pieces of a static page: everything from outside is escaped here and nowhere else."""
+"""Pieces of a static page: everything from outside is escaped here and nowhere else.
+
+A page is one file that loads nothing: its policy forbids the browser every request and every script
+but one whose bytes are named by their hash, so that a sample or a tool's result stays text.
+"""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib import resources
 from typing import Any
-
-from megatron_k2.agentic.output.figures import Rate
 
 NONE = "\u2013"  # shown where there is nothing
 LOCKED = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -31,8 +34,11 @@ def text(value: Any) -> str:
 
 
 def tag(name: str, *inside: Any, **attributes: str) -> Html:
-    """Return an element; ``class_`` and the like lose their underscore."""
-    marks = "".join(f' {key.rstrip("_")}="{escape(value)}"' for key, value in attributes.items())
+    """Return an element; ``class_`` loses its underscore, ``aria_label`` has a hyphen for it."""
+    marks = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{escape(value)}"'
+        for key, value in attributes.items()
+    )
     return Html(f"<{name}{marks}>{''.join(map(text, inside))}</{name}>")
 
 
@@ -57,20 +63,6 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> Html:
 def counts(head: str, found: Mapping[str, Any]) -> Html:
     """Return a table of counts by name."""
     return table((head, "number"), found.items())
-
-
-def rate_table(head: str, found: Iterable[Rate]) -> Html:
-    """Return a table of pass rates with bars and 95 % intervals."""
-    rows = [
-        (
-            Html(text(one.name or NONE).replace("_", "_<wbr>")),
-            tag("span", bar(one.share), f" {one.share:.0%}", class_="line"),
-            tag("span", f"{one.passed:,} of {one.total:,}", class_="line"),
-            tag("span", f"{100 * one.low:.0f} to {100 * one.high:.0f}", class_="line"),
-        )
-        for one in found
-    ]
-    return table((head, "kept", "", "interval"), rows)
 
 
 def bar(share: float) -> Html:
@@ -101,14 +93,38 @@ def section(name: str, title: str, *inside: Any) -> Html:
     return tag("section", tag("h2", title), *inside, id=name)
 
 
-def page(title: str, *inside: Any) -> str:
-    """Return a whole page that needs nothing else."""
-    style = resources.files(__package__).joinpath("page.css").read_text("utf-8")
+def shortened(text: str, longest: int) -> str:
+    """Return a text with its middle left out, and how much of it."""
+    if len(text) <= longest:
+        return text
+    half = longest // 2
+    return f"{text[:half]} [... {len(text) - 2 * half} characters left out ...] {text[-half:]}"
+
+
+def page(title: str, *inside: Any, style: str = "", script: str = "") -> str:
+    """Return a whole page that needs nothing else.
+
+    Args:
+        title: of the window.
+        inside: of the body.
+        style: CSS after that of all pages.
+        script: JavaScript that may run, at the end of the body; empty: none may.
+
+    Raises:
+        ValueError: style or script would end its own element.
+    """
+    if "</" in style or "</" in script:
+        raise ValueError("style and script of a page must not contain '</'")
+    policy = LOCKED
+    if script:
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        policy = f"{LOCKED}; script-src 'sha256-{digest}'"
+    style = resources.files(__package__).joinpath("page.css").read_text("utf-8") + style
     head = (
         '<meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{escape(LOCKED)}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">'
         f"<title>{escape(title)}</title><style>{style}</style>"
     )
-    body = "".join(map(text, inside))
+    body = "".join(map(text, inside)) + (f"<script>{script}</script>" if script else "")
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{body}</body></html>\n'
