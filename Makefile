@@ -1,22 +1,26 @@
 # Two commands for a fresh machine: `make pretrain` and `make test`. Each does all set-up itself.
 #   make pretrain [INPUT=corpus.jsonl] [OUT=folder] [MINUTES=3]
+#   make life     [OUT=folder]: everything that Kimi K2 went through, in small
 SHELL := /bin/bash
 PYTHON_VENV := .venv/bin/python
 export PYTHON
 # Set-up leaves compiling to the first import; without its result every process would compile anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup pretrain recipe-nano test test-te test-vllm test-mcp evidence bench format lint docs-check clean
+.PHONY: help setup pretrain recipe-nano life gpu-check doctor test test-te test-vllm test-mcp evidence bench format lint docs-check clean
 
 help:
 	@echo "make pretrain    train k2-nano on real text: INPUT=file.jsonl OUT=folder MINUTES=3"
 	@echo "make recipe-nano every stage of Kimi K2's recipe, made small: OUT=folder"
+	@echo "make life        corpus to served model through every stage, with a report: OUT=folder"
 	@echo "make test        ruff, mypy and the tests"
 	@echo "make test-te     the tests of tests/te, in .venv-te with Transformer Engine (MAX_JOBS=1)"
 	@echo "make test-vllm   an export in vLLM on the CPU, in .venv-vllm (6 GB)"
 	@echo "make test-mcp    real MCP servers of PyPI and npm in the sandbox (130 MB)"
+	@echo "make gpu-check   for whoever has GPUs: a report to send back: RUNG=1 DEVICE=cpu OUT=folder"
 	@echo "make evidence    the heavy proofs that make test leaves out"
 	@echo "make bench       every bench of tools/bench"
+	@echo "make doctor      what is installed, what it enables, what is wrong"
 	@echo "make setup       only .venv;  PYTHON=/path/to/python3.12 names the interpreter"
 	@echo "make format | lint | docs-check | clean"
 
@@ -30,6 +34,16 @@ pretrain: setup
 recipe-nano: setup
 	@$(PYTHON_VENV) tools/run_recipe.py examples/kimi_k2_1t/recipe.toml --scale nano \
 		$(if $(OUT),--out "$(OUT)")
+
+life: setup
+	@$(PYTHON_VENV) tools/life.py $(if $(OUT),--out "$(OUT)")
+
+gpu-check: setup
+	@$(PYTHON_VENV) tools/gpu_check.py $(if $(RUNG),--rung $(RUNG)) \
+		$(if $(DEVICE),--device "$(DEVICE)") $(if $(OUT),--out "$(OUT)")
+
+doctor: setup
+	@$(PYTHON_VENV) -m megatron_k2 doctor
 
 lint: setup
 	$(PYTHON_VENV) -m ruff check .

@@ -124,6 +124,8 @@ def add_k2_args(
         parser.set_defaults(**_HOST_DEFAULTS)
     elif not compat.te_usable():
         parser.set_defaults(transformer_impl="local", gradient_accumulation_fusion=False)
+    elif not compat.apex_usable():  # the output layer is upstream's own, which takes apex's kernel
+        parser.set_defaults(gradient_accumulation_fusion=False)
     if not explicit & {"bf16", "fp16"}:
         precision = device.flag_value("--k2-precision", argv) or "auto"
         parser.set_defaults(bf16=_is_bf16(precision, where))

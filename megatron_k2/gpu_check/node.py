@@ -122,7 +122,7 @@ def check_slice(place: Place) -> list[Figure]:
     kept = {"offload": offload, "losses": log.losses}
     (place.output / "node" / "slice.json").write_text(json.dumps(kept), encoding="utf-8")
     figures = training_figures(log, tokens_per_step(flags), _first_loss(place))
-    if log.max_allocated_bytes:
+    if not place.on_cpu:  # there the log has the size of the whole process
         figures += memory_figures(planned["peak"], log.max_allocated_bytes)
     return figures
 

@@ -34,7 +34,7 @@ class TrainingLog:
 
     Attributes:
         iterations: in order.
-        max_allocated_bytes: of a GPU, the largest that was printed; 0 on a CPU.
+        max_allocated_bytes: of a GPU, the largest that was printed; on a CPU of the process.
         save_s: of every checkpoint, the slowest rank's.
     """
 

@@ -97,7 +97,7 @@ class ColocatedEngine:
             self.engine = GatedEngine(self._local)
             self._sync: InProcessSync | None = None
             if self._alone and not has_adapters(self._model):
-                weights = LiveWeights([self._model], shape, self._dtype)
+                weights = LiveWeights([served], shape, self._dtype)
                 receiver = LocalReceiver(self._local, self._core, weights)
                 self._sync = InProcessSync(weights, receiver, self.engine, vocab_size)
 

@@ -34,7 +34,7 @@ class Environment:
         version = f"python{sys.version_info.major}.{sys.version_info.minor}"
         return self.folder / "lib" / version / "site-packages"
 
-    def run(self, *command: str, timeout_s: float = 600) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str, timeout_s: float = 3600) -> subprocess.CompletedProcess[str]:
         """Run a command of the environment, or a program by its path, outside the checkout."""
         program = self.folder / "bin" / command[0]
         argv = [str(program) if program.exists() else command[0], *command[1:]]

@@ -148,9 +148,10 @@ def test_from_does_a_stage_and_the_later_ones_again(tmp_path: Path) -> None:
     run(path, out, until="second")
     (out / "beside.txt").write_text("of the second stage")
     write_life(tmp_path, second=3)
-    with pytest.raises(ValueError, match="first was begun with other setting reached"):
+    with pytest.raises(ValueError, match="second was begun with other setting reached"):
         run(path, out)
-    run(path, out, until="second", redo="first")
+    run(path, out, until="second", redo="second")
+    assert runs(out, "01-first") == 1
     assert not (out / "beside.txt").exists()
     assert json.loads((out / "stages/02-second/value.json").read_text()) == {"found": {"score": 3}}
     with pytest.raises(ValueError, match=r"--from tird: stages are first, second, third"):
