@@ -172,6 +172,10 @@ class _WholeSequences:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
+    def __call__(self, *args: Any, **fields: Any) -> Any:
+        """Run the trainer's own forward, over context-parallel ranks."""
+        return self._model(*args, **fields)
+
 
 def has_adapters(model: torch.nn.Module) -> bool:
     """Tell whether a model has LoRA's factors, which the engine adds to its copies."""
