@@ -67,7 +67,7 @@ def test_every_fault_is_met_and_accounted_for_and_nothing_is_lost_or_twice(tmp_p
     with serving(Plan(TRANSPORT, ANSWERS, percent_each=5)) as server:
         failed = rephrase(
             *flags(server, corpus, tmp_path / "out", "--rephrasings", "2", "--chunk-tokens", "64"),
-            *("--timeout-s", "0.7", "--attempts", "8", "--concurrency", "24"),
+            *("--timeout-s", "4", "--attempts", "8", "--concurrency", "24"),
         )
     assert failed == []
     assert all(server.served[kind] > 0 for kind in (*TRANSPORT, *ANSWERS)), server.served
