@@ -2,7 +2,8 @@
 
 Pages full of a prompt's tokens are shared and counted (cache.py); the page that the prompt ends in
 is copied, because the answer goes on in it. A prompt is read up to its last token and that one is a
-decoding row, in whoever read it and in whoever shares it, so that all get the same numbers.
+decoding row, in whoever read it and in whoever shares it: both compute the same way, so that they
+differ by no more than a decoding row does in another batch.
 Shared are equal prompts of running requests only (PagedAttention, arXiv 2309.06180, section 4.4):
 left out are prefixes of different prompts and the pages of requests that have ended.
 """

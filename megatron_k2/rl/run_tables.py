@@ -36,6 +36,7 @@ class Objective:
         train_even_groups: false leaves out groups whose rewards are all the same. On rollouts of
             the current weights their first gradient is 0, r - mean r and the log-ratio both being
             0, so the step is the same and costs less; only for ``updates`` 1 and ``max_lag`` 0.
+            Without ``correction`` the log-ratio is the engine's gap: 1e-6 in fp32, not in FP8.
             The gap, the KL, the experts' balance and the max logits are then those of the others.
     """
 
