@@ -78,6 +78,8 @@ def saved_model_arguments(folder: str | Path) -> dict[str, Any]:
         for key in sorted(wanted)
         if saved.get(key) is not None and isinstance(saved[key], plain)
     }
+    if "seq_length" not in found:  # converted, not trained: as of a Hugging Face folder
+        found["seq_length"] = min(found.get("max_position_embeddings", _HF_CONTEXT), _HF_CONTEXT)
     return found | dict(spec=list(SPEC))
 
 

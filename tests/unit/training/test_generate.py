@@ -11,7 +11,9 @@ import pytest
 
 from megatron_k2.engine.base import Piece, Request
 from megatron_k2.training.generate import Terminal, main, parser
-from megatron_k2.training.open_model import _found_again
+from megatron_k2.training.open_model import _found_again, saved_model_arguments
+from tests.unit.checkpoint.hf_models import make_folder
+from tests.unit.checkpoint.megatron_side import SMALL, there
 from tests.unit.engine.scripted_engine import ByteFormat
 
 
@@ -89,3 +91,12 @@ def test_a_run_that_was_moved_still_finds_its_tokenizer(tmp_path: Path) -> None:
     assert (
         _found_again("/elsewhere/missing/one.model", checkpoint) == "/elsewhere/missing/one.model"
     )
+
+
+@pytest.mark.parametrize("positions", [64, 131072])
+def test_a_converted_folder_has_a_context_though_no_run_gave_it_one(
+    tmp_path: Path, positions: int
+) -> None:
+    source = make_folder(tmp_path / "hf", False, **SMALL | dict(max_position_embeddings=positions))
+    there(source, tmp_path / "m")
+    assert saved_model_arguments(tmp_path / "m")["seq_length"] == min(positions, 4096)
