@@ -57,7 +57,7 @@ def dry_rank(
     arguments = ranks.command_line([*command, *FLAGS])
     with silence(), arguments, _environment(rank, world_size), _meta_is(device):
         args, container = _parse()
-        scales = _loss_scales()
+        ranks.forget_loss_scales()
         devices = torch.distributed.Backend.backend_capability["fake"]
         if "meta" not in devices:  # point-to-point calls look for the backend of their device
             devices.append("meta")
@@ -68,8 +68,6 @@ def dry_rank(
                 yield rank_built, trace
         finally:
             ranks.forget()
-            for scaler, scale in scales.items():
-                scaler.main_loss_backward_scale = scale
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
 
@@ -96,17 +94,6 @@ def load() -> None:
         register("cpu", [])
         from megatron.core.tokenizers import text  # noqa: F401
         from megatron.training import initialize, training  # noqa: F401
-
-
-def _loss_scales() -> dict[Any, Any]:
-    """Return Megatron's class-wide scales of auxiliary losses; a new run starts without."""
-    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-    from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
-
-    scalers = (MoEAuxLossAutoScaler, MTPLossAutoScaler)
-    found = {scaler: scaler.main_loss_backward_scale for scaler in scalers}
-    MoEAuxLossAutoScaler.main_loss_backward_scale = None
-    return found
 
 
 @contextlib.contextmanager

@@ -134,6 +134,16 @@ def forget() -> None:
     destroy_rerun_state_machine()
     offload.PipelineOffloadManager.OFFLOAD_MGR = None
     destroy_moe_metrics_tracker()  # as long as the model had layers
+    forget_loss_scales()
+
+
+def forget_loss_scales() -> None:
+    """Set Megatron's class-wide scales of auxiliary losses back to those before any step."""
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+    from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
+
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    MTPLossAutoScaler.main_loss_backward_scale = torch.tensor(1.0)
 
 
 def _batches(args: Any) -> Iterator[dict[str, torch.Tensor]]:

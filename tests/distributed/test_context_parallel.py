@@ -152,6 +152,7 @@ RUNS = {
     "packed": (PACKED,),
     "muonclip": (
         *(PACKED, "--optimizer=muonclip", "--k2-max-attention-logit"),
+        "--k2-muon-dtype=fp32",  # a bound for sums needs updates that are not rounded to bf16
         "--qk-clip-threshold=0.05",  # some heads of a fresh k2-micro lie above it
     ),
 }

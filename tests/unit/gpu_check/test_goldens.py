@@ -78,6 +78,8 @@ def test_a_run_from_the_golden_start_is_the_golden_run_to_the_bit(
 
 
 def test_the_golden_run_does_what_is_compared(golden: Recording) -> None:
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
     assert golden.losses[0] == pytest.approx(math.log(512) + 128 * 0.1**2 / 2, abs=0.4)
     assert len(golden.attention) == 4 and len(golden.routes) == 3
     assert all(bool((routes.sum(1) == 2).all()) for routes in golden.routes.values())
@@ -85,6 +87,7 @@ def test_the_golden_run_does_what_is_compared(golden: Recording) -> None:
     hot = logits > 1.0
     assert 0 < hot.sum() < hot.numel() and torch.equal(factors < 1, hot)
     assert all(not torch.equal(golden.before[name], after) for name, after in golden.after.items())
+    assert MoEAuxLossAutoScaler.main_loss_backward_scale is None  # nothing is left to this process
 
 
 def test_wrong_experts_are_found(
