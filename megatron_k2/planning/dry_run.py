@@ -57,7 +57,6 @@ def dry_rank(
     arguments = ranks.command_line([*command, *FLAGS])
     with silence(), arguments, _environment(rank, world_size), _meta_is(device):
         args, container = _parse()
-        ranks.forget_loss_scales()
         devices = torch.distributed.Backend.backend_capability["fake"]
         if "meta" not in devices:  # point-to-point calls look for the backend of their device
             devices.append("meta")

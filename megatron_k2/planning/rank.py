@@ -104,6 +104,7 @@ def build(args: Any, container: Any, *, with_optimizer: bool = True) -> Training
     from megatron_k2 import parallel
     from megatron_k2.training.pretrain import embedding_ranks
 
+    _forget_auxiliary_losses()  # of whatever ran before here: upstream would go on writing there
     initialize_megatron(get_embedding_ranks=embedding_ranks)
     args.skip_train = not with_optimizer
     chunks, optimizer, scheduler = setup_model_and_optimizer(
@@ -123,7 +124,6 @@ def forget() -> None:
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
     from megatron.core.pipeline_parallel import fine_grained_activation_offload as offload
     from megatron.core.rerun_state_machine import destroy_rerun_state_machine
-    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
     from megatron.training.global_vars import destroy_global_vars
 
     from megatron_k2 import parallel
@@ -133,15 +133,16 @@ def forget() -> None:
     destroy_num_microbatches_calculator()
     destroy_rerun_state_machine()
     offload.PipelineOffloadManager.OFFLOAD_MGR = None
-    destroy_moe_metrics_tracker()  # as long as the model had layers
-    forget_loss_scales()
+    _forget_auxiliary_losses()
 
 
-def forget_loss_scales() -> None:
-    """Set Megatron's class-wide scales of auxiliary losses back to those before any step."""
+def _forget_auxiliary_losses() -> None:
+    """Set class-wide scales back to those before any step; drop sums that have a model's depth."""
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
     from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 
+    destroy_moe_metrics_tracker()
     MoEAuxLossAutoScaler.main_loss_backward_scale = None
     MTPLossAutoScaler.main_loss_backward_scale = torch.tensor(1.0)
 
