@@ -41,7 +41,7 @@ if [ ! -e "$out/base/latest_checkpointed_iteration.txt" ]; then
     --seq-length 256 --micro-batch-size 4 --train-iters 116 --lr 1e-2 --min-lr 0 --lr-decay-style linear \
     --lr-warmup-iters 10 --log-interval 10 --save "$out/base" --save-interval 116
 fi
-train megatron_k2.training.rl --k2-rl-run examples/k2_nano/rl.toml --seq-length 1024 --lr 5e-4 --min-lr 0 \
+train megatron_k2.training.rl --k2-rl-run examples/k2_nano/rl.toml --seq-length 1024 --lr 8e-4 --min-lr 0 \
   --lr-decay-style linear --pretrained-checkpoint "$out/base" \
   --save "$out/rl" --load "$out/rl" --save-interval 25
 echo "[rl] figures: $out/rl/rl/metrics.jsonl; episodes to read: $out/rl/rl/rollouts_0"

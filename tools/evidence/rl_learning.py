@@ -232,10 +232,10 @@ def parser() -> argparse.ArgumentParser:
     add("--task", choices=TASKS, default="spell_backward")
     add("--ablations", action="store_true", help="of the first seed, instead of seeds and control")
     add("--seeds", type=int, default=3)
-    add("--steps", type=int, default=110, help="of RL")
+    add("--steps", type=int, default=88, help="of RL")
     add("--sft-items", type=int, default=2000)
     add("--sft-steps", type=int, default=116)
-    add("--lr", default="5e-4", help="of RL, MuonClip; falls to 0")
+    add("--lr", default="8e-4", help="of RL, MuonClip; falls to 0")
     add("--adam-lr", default="1e-4", help="of RL, AdamW: 0.2 of MuonClip's is the same RMS")
     add("--workers", type=int, default=2, help="runs at once, a thread each")
     return found
