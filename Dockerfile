@@ -3,6 +3,8 @@
 #   docker build -t megatron-k2 .
 #   docker run --rm --gpus all --ipc host --ulimit memlock=-1 -v "$PWD/out:/opt/megatron-k2/out" \
 #       megatron-k2 --rung 1
+# Pinned is what computes; what those packages and the extras data and serve ask for is pip's choice,
+# and so are Ubuntu's packages.
 # tests/unit/gpu_check/test_dockerfile.py holds the pins within the ranges of setup.py and compat.py.
 FROM nvidia/cuda:13.0.1-devel-ubuntu24.04
 

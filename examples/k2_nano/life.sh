@@ -20,6 +20,9 @@
 #   examples/k2_nano/life.sh out/life --from rl           that stage again, and those after it
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-out=${1:-out/life}
-shift || true
+out=out/life
+if [[ $# -gt 0 && $1 != -* ]]; then
+  out=$1
+  shift
+fi
 exec "${PYTHON:-.venv/bin/python}" tools/life.py --out "$out" "$@"

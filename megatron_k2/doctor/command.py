@@ -32,6 +32,7 @@ from megatron_k2.presets import list_presets
 
 DISK_GB = 1.0  # a round figure, not measured: below it no run is worth starting
 TIMEOUT_S = 600.0  # imports from a cold network disk take minutes
+TRYING = "importing torch, Megatron and all the rest: half a minute, minutes from a cold disk"
 PARTS = ("base", "upstream", "extras", "sandbox", "machine")
 
 
@@ -70,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         flags = ["--release", str(args.release), "--k2-preset", args.k2_preset]
         return doctor.main([*flags, *(["--json"] if args.json else [])])
+    if not args.json and "upstream" in args.only:
+        print(TRYING, file=sys.stderr, flush=True)
     findings = examine(args.only, args.folder, args.disk_gb, args.timeout_s)
     head = f"megatron-k2 {__version__}, Python {platform.python_version()} ({sys.executable})"
     print(as_json(head, findings) if args.json else as_text(head, findings))

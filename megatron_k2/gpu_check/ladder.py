@@ -98,7 +98,10 @@ class Ladder:
         except WorkerFailed as error:
             outcome.status, outcome.reason = "failed", str(error)
             if error.hung:
-                outcome.reason = f"{check.name} hung: limit {limit:.0f} s; {error}"
+                outcome.reason = (
+                    f"{check.name} hung: limit {limit:.0f} s (a slower machine: --limit-factor 3); "
+                    f"{error}"
+                )
         except (Failed, ValueError, OSError) as error:
             outcome.status, outcome.reason = "failed", f"{type(error).__name__}: {error}"
         outside = [figure.name for figure in outcome.figures if not figure.is_within]

@@ -60,7 +60,7 @@ def check_command_lines(lines: list[list[str]]) -> None:
     )
     if parsed.returncode:
         message = parsed.stderr.strip().splitlines()[-1]
-        raise ValueError(message.removeprefix("megatron_k2: error: "))
+        raise ValueError(re.sub(r"^(megatron_k2: error|[\w.]+Error): ", "", message))
 
 
 @dataclass
