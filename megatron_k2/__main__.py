@@ -79,8 +79,8 @@ def run_script(arguments: list[str]) -> int:
         return _refuse(f"SCRIPT {script} does not exist{hint}")
     if any(argument.partition("=")[0] == "--k2-load-hf" for argument in arguments):
         return _refuse(
-            "--k2-load-hf is of `-m megatron_k2.training.pretrain`; for a "
-            "stock script convert the folder (convert_checkpoint.py to-megatron) and --load it"
+            "--k2-load-hf is of `-m megatron_k2.training.pretrain`; for a stock script "
+            "convert the folder (megatron-k2 convert-checkpoint to-megatron) and --load it"
         )
     sys.argv = [str(script), *arguments[1:]]
     _set_path(script.resolve().parent, root)

@@ -151,7 +151,7 @@ def as_typed(text: str, name: str) -> str:
         name: of the command that runs.
     """
     scripts = "|".join(one.replace("-", "_") for one in names())
-    written = re.compile(rf"(?<![\w/.-])(?:python )?(?:tools/)?({scripts})\.py\b")
+    written = re.compile(rf"(?<![\w/.-])(?:[\w./-]*python )?(?:tools/)?({scripts})\.py\b")
     head, blank, rest = text.partition("\n\n")
     script = name.replace("-", "_") + ".py"
     if head.startswith(f"usage: {script}"):  # lines of a long usage hang below its first flag

@@ -1,7 +1,7 @@
 """The ``--k2-*`` flags: names, values, defaults and help.
 
 Their destinations are fields of ``K2TransformerConfig`` and ``MuonClipConfig``, or are read by
-``arguments.py``, which lays presets under them and checks them.
+``arguments.py``, which lays presets under them, and ``argument_checks.py``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from megatron_k2.fp8.scope import SCOPES
 from megatron_k2.presets import list_presets
 
 MUONCLIP = "muonclip"
+SPEC = ("megatron_k2.model.specs", "get_k2_decoder_block_spec")
+"""What ``--spec`` is under a preset, or under a folder that takes one's place."""
 
 
 def add_run_flags(group: Any) -> None:

@@ -169,14 +169,7 @@ def _plan_to_hf(source: Path, options: Options) -> Plan:
         config |= ids
         extra.setdefault(GENERATION, (json.dumps(ids, indent=2) + "\n").encode())
     had_fp8 = pattern is not None and pattern.has_fp8
-    weights = options.weights or ("fp8" if had_fp8 and untouched else "bf16")
-    if weights not in WEIGHTS:
-        raise ConversionRefused(f"--weights {weights}: one of {', '.join(WEIGHTS)}")
-    original = (
-        options.scales or ("original" if untouched and had_fp8 and weights == "fp8" else "fresh")
-    ) == "original"
-    if original and (weights != "fp8" or not had_fp8):
-        raise ConversionRefused("--scales original: needs --weights fp8 and a --like that is FP8")
+    weights, original = _stored_as(options, had_fp8, untouched)
     shape = shape_from_config(config)
     if not any(key.startswith("mtp.") for key in folder.tensors):
         shape = replace(shape, mtp_num_layers=0)  # trained without the prediction layers
@@ -202,6 +195,28 @@ def _plan_to_hf(source: Path, options: Options) -> Plan:
         "shard_bytes": options.shard_bytes,
     }
     return replace(made, options=made.options | asked)
+
+
+def _stored_as(options: Options, had_fp8: bool, untouched: bool) -> tuple[str, bool]:
+    """Return how the weights are to be stored, and whether FP8 takes the original scales.
+
+    Args:
+        options: what was asked for.
+        had_fp8: the release, or the folder to be like, is FP8.
+        untouched: the checkpoint is a converted release that nobody trained.
+
+    Raises:
+        ConversionRefused: no such weights, or original scales where there are none.
+    """
+    weights = options.weights or ("fp8" if had_fp8 and untouched else "bf16")
+    if weights not in WEIGHTS:
+        raise ConversionRefused(f"--weights {weights}: one of {', '.join(WEIGHTS)}")
+    original = (
+        options.scales or ("original" if untouched and had_fp8 and weights == "fp8" else "fresh")
+    ) == "original"
+    if original and (weights != "fp8" or not had_fp8):
+        raise ConversionRefused("--scales original: needs --weights fp8 and a --like that is FP8")
+    return weights, original
 
 
 def _tokenizer_of(folder: dist_folder.TorchDistFolder) -> Path | None:

@@ -17,9 +17,14 @@ from megatron_k2.checkpoint.hf.model import ModelShape
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; ``{layer}`` and ``{expert}`` run.
+    """One line of the table: a Hugging Face tensor and the tensor of Megatron's that holds it.
 
-    ``part`` (index, count) stacks tensors along their first axis: gate, then up.
+    Attributes:
+        megatron: name below its layer; at the top, whole.
+        hugging_face: name below its layer; ``{expert}`` runs.
+        shape: of the Hugging Face tensor, as symbols of ``ModelShape.sizes``.
+        part: (index, count) of tensors stacked along the first axis: gate, then up.
+        fp32: Megatron keeps it in fp32, whatever the other weights are.
     """
 
     megatron: str
@@ -31,7 +36,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Region:
-    """A Hugging Face tensor and its rectangle ``[offset, offset + size)`` of a global tensor."""
+    """A Hugging Face tensor and its rectangle ``[offset, offset + size)`` of a global tensor.
+
+    Attributes:
+        name, shape: of the Hugging Face tensor, whole.
+        key, global_shape: of Megatron's tensor, whole: over all ranks, experts on the first axis.
+        offset, size: of the rectangle; as many axes as ``global_shape``.
+        fp32: Megatron keeps it in fp32.
+    """
 
     name: str
     shape: tuple[int, ...]

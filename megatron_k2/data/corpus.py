@@ -86,16 +86,7 @@ def build_corpus(documents: Iterable[Document], heldout_bytes: int) -> Corpus:
             f"--input: {len(distinct)} documents are too few (or too large) to hold some out; "
             f"documents of at most {int(target_bytes * LARGEST_HELDOUT_SHARE):,} bytes are needed"
         )
-    train_keys: list[str] = []
-    train_index = ShingleIndex()
-    for key, document in distinct.items():
-        if key in heldout_keys:
-            continue
-        shingles = sketch(document.text)
-        if index.overlap(shingles) <= MAX_OVERLAP:
-            index.add(shingles)
-            train_index.add(shingles)
-            train_keys.append(key)
+    train_keys, train_index = _choose_training(distinct, heldout_keys, index)
     heldout_keys = {
         key
         for key in heldout_keys
@@ -134,6 +125,23 @@ def _choose_heldout(
             chosen.add(key)
             chosen_bytes += sizes[key]
     return chosen
+
+
+def _choose_training(
+    distinct: dict[str, Document], heldout_keys: set[str], index: ShingleIndex
+) -> tuple[list[str], ShingleIndex]:
+    """Take documents that are no copies of kept ones, in input order; index their shingles."""
+    chosen: list[str] = []
+    own = ShingleIndex()
+    for key, document in distinct.items():
+        if key in heldout_keys:
+            continue
+        shingles = sketch(document.text)
+        if index.overlap(shingles) <= MAX_OVERLAP:
+            index.add(shingles)
+            own.add(shingles)
+            chosen.append(key)
+    return chosen, own
 
 
 def write_corpus(corpus: Corpus, directory: Path) -> dict[str, int]:

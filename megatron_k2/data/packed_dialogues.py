@@ -48,7 +48,7 @@ class PackedRows:
         for name in (prefix, prefix + LEARNED):
             if not Path(f"{name}.idx").is_file():
                 raise UsageError(
-                    f"{name}.idx is not there: dialogues are packed by tools/preprocess_sft.py, "
+                    f"{name}.idx is not there: dialogues are packed by megatron-k2 preprocess-sft, "
                     "and a data path is its PREFIX_train or PREFIX_heldout"
                 )
         self.tokens, self.learned = IndexedDataset(prefix), IndexedDataset(prefix + LEARNED)

@@ -117,7 +117,7 @@ def check_optimizer(place: Place) -> list[Figure]:
 
 CHECKS = (
     Check(
-        "memory", 1, "the peak of a step is what tools/plan.py counts",
+        "memory", 1, "the peak of a step is what megatron-k2 plan counts",
         Needs(on_cpu=True), limit_s=180, run=check_memory,
         plan=lambda place: ([*command(place), *MUONCLIP], 1),
     ),

@@ -232,7 +232,10 @@ class SingleTurn(Environment):
 async def judge_safely(env: SingleTurn, task: Task, answer: Answer) -> Verdict:
     """Return ``env.verify``'s verdict; a verifier that fails is data, not a crash."""
     try:
-        return await env.verify(task, answer)
+        verdict = await env.verify(task, answer)
+        if not isinstance(verdict, Verdict):
+            raise TypeError(f"verify gave {verdict!r}, which is no Verdict; see judged()")
+        return verdict
     except TimeoutError as error:
         return unjudged(f"{type(error).__name__}: {error}", "timeout")
     except Exception as error:  # whatever a verifier raises ends one episode

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from megatron_k2.gym.base import Environment, SingleTurn, Task
 from megatron_k2.gym.judging import connect
+from megatron_k2.gym.options import check_options
 from megatron_k2.gym.registry import environment, known
 from megatron_k2.gym.sandbox.base import SandboxError
 from megatron_k2.gym.sandbox.find import KINDS as SANDBOXES
@@ -187,9 +188,12 @@ async def _validate_one(
 def _load(kind: type[Environment], args: argparse.Namespace) -> Sequence[Task]:
     try:
         options = json.loads(args.options)
-        return kind.load(args.split, args.num, args.seed, **options)
-    except (TypeError, json.JSONDecodeError) as error:
+        if not isinstance(options, dict):
+            raise TypeError("no JSON object")
+        check_options(kind.load, options)
+    except (TypeError, ValueError) as error:
         raise ValueError(f"--options {args.options} for {kind.name}: {error}") from error
+    return kind.load(args.split, args.num, args.seed, **options)
 
 
 @asynccontextmanager

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from megatron_k2.data.rephrase.chunks import sentence_spans
+from megatron_k2.gym.asking import ask_json, field_of
 from megatron_k2.gym.base import Answer, SingleTurn, Task, Verdict, judged
-from megatron_k2.gym.judging import ask_json, field_of
 from megatron_k2.gym.splits import check_split, content_hash, split_of
 
 LABELS = ("supported", "unsupported", "no_claim")

@@ -50,7 +50,7 @@ def environment(name: str) -> type[Environment]:
     """Return the class of an environment.
 
     Raises:
-        ValueError: no such name; lists those that there are.
+        ValueError: no such name, of which it lists those that there are; or it is no environment.
         ImportError: a package that it needs is missing.
     """
     if ":" not in name and name not in known():
@@ -60,4 +60,10 @@ def environment(name: str) -> type[Environment]:
         found: type[Environment] = getattr(import_module(module), attribute)
     except AttributeError as error:
         raise ValueError(f"environment {name!r}: {module} has no {attribute}") from error
+    except TypeError as error:  # a relative module
+        raise ValueError(f"environment {name!r}: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Environment)):
+        raise ValueError(
+            f"environment {name!r}: {attribute} is no subclass of gym.base.Environment"
+        )
     return found

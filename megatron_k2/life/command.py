@@ -48,7 +48,10 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = made.add_argument
-    add("--out", type=Path, default=Path("out/life"), metavar="DIR", help="default: out/life")
+    add(
+        "--out", "--output", type=Path, default=Path("out/life"), metavar="DIR",
+        help="default: out/life",
+    )  # fmt: skip
     add("--seed", type=int, default=1, help="of all stages; default 1")
     add("--until", default="", metavar="STAGE", help="stop after it")
     add("--from", dest="redo", default="", metavar="STAGE", help="do it and what follows again")
@@ -105,7 +108,8 @@ def table(life: Life, out: Path) -> str:
             f"{place:2d} {stage.name:12s} {stage.minutes:4g} min {state:>8s}  {stage.title}"
         )
     planned = sum(stage.minutes for stage in life.stages)
-    return "\n".join([*lines, f"   about {planned:g} minutes on two idle cores; into {out}"])
+    told = f"about {planned:.0f} minutes were two cores idle and busy (reckoned, not timed)"
+    return "\n".join([*lines, f"   {told}; into {out}"])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,11 +8,10 @@ complete has a report too, which says what is missing. The same run gives the sa
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from megatron_k2.html_page import chart as charts
 from megatron_k2.html_page.chart import Chart, Line
@@ -130,7 +129,6 @@ def _speeds(one: report_training.Training) -> Sequence[Line]:
 
 
 def _curves(found: Found) -> list[Html]:
-    own = [_series(stage.name, one) for stage in found.run.passed for one in stage.series]
     losses = [report_training.loss_chart(one) for one in found.trainings]
     finer = [
         chart
@@ -143,16 +141,9 @@ def _curves(found: Found) -> list[Html]:
     heldout = report_training.heldout_loss(found.run)
     return [
         *hero,
-        *_grid([*heldout, *losses, *own]),
+        *_grid([*heldout, *losses]),
         *_more("Learning rates, gradients, MuonClip", finer),
     ]
-
-
-def _series(stage: str, one: Mapping[str, Any]) -> Chart:
-    title = str(one["title"])
-    line = Line(title, [(float(x), float(y)) for x, y in one["points"]], dotted=True)
-    x, unit = str(one.get("x") or "step"), str(one.get("unit") or "")
-    return Chart(f"{stage}: {title}", x, unit, [line])
 
 
 def _reinforcement(found: Found) -> list[Html]:

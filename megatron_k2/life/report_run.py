@@ -80,11 +80,6 @@ class StageRun:
             for name, one in (self.done.get("figures") or {}).items()
         ]
 
-    @property
-    def series(self) -> Sequence[Mapping[str, Any]]:
-        """Return its own curves: title, x, unit, points."""
-        return self.done.get("series") or ()
-
     def artifacts(self, kind: str) -> list[Path]:
         """Return the folders or files of a kind (``tensorboard``, ``episodes``) that are there."""
         named = (self.done.get("artifacts") or {}).get(kind) or []
@@ -117,7 +112,7 @@ def read_life(out: Path) -> LifeRun:
         ValueError: no run is there, or a file of it is damaged.
     """
     if not (out / "life.json").is_file():
-        raise ValueError(f"{out}: no life.json there; give the folder of a run of tools/life.py")
+        raise ValueError(f"{out}: no life.json there; give the folder of a run of megatron-k2 life")
     about = _json(out / "life.json")
     folders = {}
     for path in sorted((out / "stages").glob("*")):

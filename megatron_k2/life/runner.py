@@ -25,7 +25,6 @@ from megatron_k2.life.shown import Shown, minutes, say
 from megatron_k2.training.stages import locked, read_json, write_json
 
 DONE, BEGUN, LOG = "done.json", "begun.json", "log.txt"
-SERIES = "series"  # curves of a stage; trainings have theirs in TensorBoard's files
 
 
 @dataclass(frozen=True)
@@ -50,12 +49,15 @@ class Run:
             redo_from: first stage to do again, and all after it; empty: none.
 
         Raises:
-            ValueError: no such stage, or the folder holds a stage of another life.
+            ValueError: no such stage, one to redo after the last, or the folder holds a stage of
+                another life.
             RuntimeError: a stage failed, or a figure is not as it must be; names both and the log.
             KeyboardInterrupt: asked to stop.
         """
         last = self.life.place(until, "--until") if until else len(self.life.stages) - 1
         first = self.life.place(redo_from, "--from") if redo_from else None
+        if first is not None and first > last:  # it would remove stages and do none of them
+            raise ValueError(f"--from {redo_from} comes after --until {until}")
         with locked(self.out) as lock:
             if first is not None:
                 self._forget(first)
@@ -168,7 +170,6 @@ class Run:
                 "cpu_seconds": round(begun["cpu_seconds"], 1),
                 "commands": lines,
                 "figures": {one.figure.name: one.as_record() for one in found},
-                SERIES: [],
                 "samples": figures.samples(stage, variables),
                 "files": dict(self._hashes(stage)),
                 "artifacts": {

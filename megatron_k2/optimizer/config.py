@@ -18,8 +18,8 @@ from megatron_k2.optimizer.coefficients import coefficient_schedule
 from megatron_k2.optimizer.directions import BATCH_BYTES, Orthogonaliser, UpdateRule
 from megatron_k2.optimizer.matrices import Split
 from megatron_k2.optimizer.muonclip import Offload
-from megatron_k2.optimizer.newton_schulz import load_backend
 from megatron_k2.optimizer.rules import load_rule, register_rule
+from megatron_k2.optimizer.symmetric_products import load_backend
 
 WORKSPACE_BYTES = 4 << 30
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

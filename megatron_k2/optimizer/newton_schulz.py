@@ -3,28 +3,25 @@
 ``X -> a X + b (X X^T) X + c (X X^T)^2 X``, a few times, brings all singular values near 1 (Jordan
 et al. 2024; Bernstein and Newhouse, arXiv 2409.20325). Three evaluations of the same polynomial:
 ``standard`` as written, on the short side; ``symmetric``, which computes each symmetric product's
-upper half only, in blocks; ``gram``, which iterates on the Gram matrix ``X X^T`` and touches the
-long side twice in all (cheaper from about two columns a row on, where ``gram_error`` allows it).
-``cheapest_method`` chooses by counted FLOPs.
+upper half only (``symmetric_products.py``); ``gram``, which iterates on the Gram matrix ``X X^T``
+and touches the long side twice in all (cheaper from about two columns a row on, where
+``gram_error`` allows it). ``cheapest_method`` chooses by counted FLOPs.
 No process groups, no Megatron; every matrix whole.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from megatron_k2.optimizer.coefficients import Coefficients
+from megatron_k2.optimizer.symmetric_products import Product, computed_entries, load_backend
 
 Method = Literal["standard", "symmetric", "gram"]
-Product = Callable[[Tensor, Tensor], Tensor]
-
-SYMMETRIC_BLOCK = 512
-"""Rows of a block of a symmetric product: GEMMs of this size run near the peak of two cores."""
 
 LARGEST_GRAM_ERROR = 0.1
 """Of ``gram_error``. Against fp64 at condition numbers 1 to 1e6, fp32: the Kimi set has 0.03 and
@@ -94,26 +91,6 @@ def newton_schulz(
     return x.transpose(1, 2) if standing else x
 
 
-def load_backend(name: str) -> Product:
-    """Return the function that makes symmetric products, by name.
-
-    ``torch`` works everywhere, in blocks; ``triton`` is a kernel for GPUs. Another one is a
-    function of the same arguments, entered in ``BACKENDS``. Nothing falls back to another backend.
-
-    Raises:
-        ValueError: unknown name.
-        ImportError: Triton is not installed.
-    """
-    if name == "triton" and name not in BACKENDS:
-        from megatron_k2.optimizer import triton_products
-
-        BACKENDS[name] = triton_products.symmetric_product
-    if name not in BACKENDS:
-        known = ", ".join(sorted({*BACKENDS, "triton"}))
-        raise ValueError(f"--k2-muon-backend {name!r} is not one of {known}")
-    return BACKENDS[name]
-
-
 def _standard(x: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
     for a, b, c in coefficients:
         gram = torch.bmm(x, x.transpose(1, 2))
@@ -128,27 +105,6 @@ def _symmetric(x: Tensor, coefficients: Sequence[Coefficients], product: Product
         factor = product(gram, gram).mul_(c).add_(gram, alpha=b)
         x = torch.baddbmm(x, factor, x, beta=a)
     return x
-
-
-def symmetric_product(left: Tensor, right: Tensor) -> Tensor:
-    """Return ``left @ right^T`` [batch, n, n], known to be symmetric, from its upper blocks.
-
-    Args:
-        left: [batch, n, inner].
-        right: the same shape; ``left @ right^T`` must equal its transpose.
-    """
-    n = left.shape[1]
-    product = left.new_empty(left.shape[0], n, n)
-    for start in range(0, n, SYMMETRIC_BLOCK):
-        rows = slice(start, start + SYMMETRIC_BLOCK)
-        upper = torch.bmm(left[:, rows], right[:, start:].transpose(1, 2))
-        product[:, rows, start:] = upper
-        product[:, start + SYMMETRIC_BLOCK :, rows] = upper[..., SYMMETRIC_BLOCK:].transpose(1, 2)
-    return product
-
-
-BACKENDS: dict[str, Product] = {"torch": symmetric_product}
-"""Makers of ``left @ right^T`` [batch, n, n] that is known to be symmetric."""
 
 
 def _gram(x: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
@@ -171,10 +127,7 @@ def method_flops(method: Method, rows: int, columns: int, num_steps: int) -> int
     if method == "standard":
         return num_steps * (2 * slab + cube)
     if method == "symmetric":
-        full, rest = divmod(short, SYMMETRIC_BLOCK)
-        heights = [SYMMETRIC_BLOCK] * full + [rest] * (rest > 0)
-        entries = sum(height * (short - i * SYMMETRIC_BLOCK) for i, height in enumerate(heights))
-        return num_steps * (2 * entries * (long + short) + slab)
+        return num_steps * (2 * computed_entries(short) * (long + short) + slab)
     # One Gram matrix, its square each step, two products for the next one, one for the factor.
     return 2 * slab + cube * (num_steps + 2 * (num_steps - 1) + (num_steps - 1))
 
@@ -193,7 +146,8 @@ def cheapest_method(
 ) -> Method:
     """Return the method with the fewest FLOPs among those accurate in ``compute_dtype``."""
     allowed: list[Method] = ["standard"]
-    if min(rows, columns) > SYMMETRIC_BLOCK:
+    short = min(rows, columns)
+    if computed_entries(short) < short**2:
         allowed.append("symmetric")
     if gram_error(coefficients, compute_dtype) <= LARGEST_GRAM_ERROR:
         allowed.append("gram")

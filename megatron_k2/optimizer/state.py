@@ -11,7 +11,7 @@ Muon.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -20,8 +20,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from megatron_k2.optimizer.distributed import MuonClipInstance
+from megatron_k2.optimizer.muonclip import MuonClip
 
 FORMAT = "fully_reshardable"
 
@@ -56,6 +55,19 @@ def rectangles(
             yield (last, *offset), (1, *extent)
 
 
+class Instance(Protocol):
+    """What has shards: a ``MuonClipInstance`` (``distributed.py``), as far as its state goes."""
+
+    optimizer: MuonClip
+    grad_scaler: Any
+
+    def parameter_shards(self) -> Iterator[tuple[torch.nn.Parameter, Tensor, int]]:
+        """Yield each model parameter of which this rank has a shard, the shard and its start."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is not a tensor."""
+
+
 class OptimizerState:
     """The state of one rank's instances as a sharded state dict, and back.
 
@@ -64,9 +76,7 @@ class OptimizerState:
         model_sharded_state_dict: of the model, with the parameters themselves as data.
     """
 
-    def __init__(
-        self, instances: Sequence[MuonClipInstance], model_sharded_state_dict: Any
-    ) -> None:
+    def __init__(self, instances: Sequence[Instance], model_sharded_state_dict: Any) -> None:
         self.instances = instances
         self.tensors: dict[str, list[ShardedTensor]] = {}
         self.places: dict[str, list[Tensor]] = {}

@@ -43,8 +43,8 @@ class Job:
 
 _TUNE = "megatron_k2.training.sft"
 _DIALOGUES = (
-    "--train-data-path of tools/preprocess_sft.py and --tokenizer-model, --train-iters, --lr where "
-    "the preset has none, --load and --save; torchrun's --node-rank and --master-addr"
+    "--train-data-path of megatron-k2 preprocess-sft and --tokenizer-model, --train-iters, --lr "
+    "where the preset has none, --load and --save; torchrun's --node-rank and --master-addr"
 )
 
 JOBS = {

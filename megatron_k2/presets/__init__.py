@@ -4,7 +4,7 @@ Each ``<name>.toml`` holds one entry a Megatron argparse *dest*, with its value 
 comes from: the released configuration, the Kimi K2 report, then Moonlight's published choice, then
 Megatron's default. A string value is parsed by the type of its argument, as argparse does with
 string defaults (``moe_layer_freq``). An explicit flag wins over a preset; ``arguments.py`` lays the
-values and refuses contradictions. Left out: parallel layout, precision and device.
+values, ``argument_checks.py`` refuses contradictions. Left out: parallel layout, precision, device.
 """
 
 from __future__ import annotations
@@ -13,11 +13,6 @@ import tomllib
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-
-from megatron_k2.presets.hf_config import hf_config
-
-__all__ = ["Field", "Preset", "hf_config", "list_presets", "load_preset"]
-
 
 Value = bool | int | float | str | list[str]
 

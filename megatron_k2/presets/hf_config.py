@@ -7,10 +7,9 @@ the table. Left out: what DeepseekV3Config cannot express (router bias rule, tra
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from megatron_k2.presets import Preset
+from megatron_k2.presets import Preset
 
 # DeepseekV3Config name -> Megatron dest.
 CONFIG_NAMES: Mapping[str, str] = {

@@ -53,7 +53,9 @@ def run_from(given: dict[str, Any]) -> Run:
             raise ValueError(f"{name} is a table: [{name}]")
     fields = dict(given.get("run", {}))
     if misplaced := sorted(set(fields) & {"environments", *TABLES}):
-        raise ValueError(f"[run] {misplaced[0]}: a table of its own, [{misplaced[0]}]")
+        name = misplaced[0]
+        own = "[[environments]]" if name == "environments" else f"[{name}]"
+        raise ValueError(f"[run] {name}: a table of its own, {own}")
     unknown = sorted(set(given) - {"run", "environments", *TABLES})
     if unknown:
         raise ValueError(f"table [{unknown[0]}] is none of run, environments, {', '.join(TABLES)}")
@@ -114,4 +116,7 @@ def _value(place: str, known: dataclasses.Field[Any], value: Any) -> Any:
         raise ValueError(f"{place} = {value!r} is no {kind}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{place} = {value} is not finite")
-    return float(value) if isinstance(value, int) and kind == "float" else value
+    try:
+        return float(value) if isinstance(value, int) and kind == "float" else value
+    except OverflowError:
+        raise ValueError(f"{place} is too large for a {kind}") from None

@@ -25,7 +25,10 @@ class Objective:
     Attributes:
         form: ``k2`` or ``k1.5``; the same gradient but for a factor of 2 tau, which counts for
             gradient clipping and for the balance against PTX.
-        tau: pull towards the policy at the beginning of the iteration. Smaller: bolder steps.
+        tau: pull towards the policy at the beginning of the iteration, from the second update on
+            (or with ``max_lag``): in the first the log-ratio is 0, nothing pulls, the gradient is
+            ``-2 tau`` (k1.5: -1) times that of the advantage, which counts against PTX and for
+            clipping, and not for MuonClip's step alone.
         updates: optimizer steps on one batch of rollouts; from the second on it is off-policy.
         correction: importance weights for an engine of lower precision, see ``objective.py``.
         correction_cap: of those weights.

@@ -5,13 +5,12 @@ Environments, options and files are checked here, before a model is built: the e
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from megatron_k2.gym.base import Environment, Task
+from megatron_k2.gym.options import check_options
 from megatron_k2.gym.registry import environment
 from megatron_k2.inputs import UsageError
 from megatron_k2.rl.critic.groups import RANKED
@@ -19,8 +18,6 @@ from megatron_k2.rl.curation.sampler import TaskSource
 from megatron_k2.rl.curation.task_file import read_tasks
 from megatron_k2.rl.run_play import Source
 from megatron_k2.rl.run_tables import Run
-
-GIVEN = ("split", "num_tasks", "seed")  # arguments of ``load`` that are no options
 
 
 def families(run: Run) -> list[type[Environment]]:
@@ -110,21 +107,13 @@ def _of_file(source: Source) -> Sequence[Task]:
 
 def _of_environment(source: Source, split: str, num_tasks: int, seed: int) -> Sequence[Task]:
     load = _family(source).load
-    _check_options(source, inspect.signature(load).parameters)
     try:
+        check_options(load, source.options)
         found = load(split, num_tasks or None, seed, **source.options)
     except (TypeError, ValueError, ImportError, OSError) as error:
         raise UsageError(f"{_place(source)} options: {error}") from error
+    if not isinstance(found, Sequence) or not all(isinstance(one, Task) for one in found):
+        raise UsageError(f"{_place(source)}: its load() gave {found!r:.80}, no list of tasks")
     if ":" in source.name:  # found by its place, which no registry knows by its own name
         found = [replace(task, env=source.name) for task in found]
     return found
-
-
-def _check_options(source: Source, known: Mapping[str, Any]) -> None:
-    names = [name for name in known if name not in GIVEN]
-    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in known.values()):
-        names += sorted(set(source.options) - set(GIVEN))
-    if unknown := sorted(set(source.options) - set(names)):
-        raise UsageError(
-            f"{_place(source)} options: {unknown[0]!r} is none of {', '.join(names) or '(none)'}"
-        )

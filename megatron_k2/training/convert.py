@@ -77,36 +77,39 @@ def build_parser() -> argparse.ArgumentParser:
             help="of Megatron's weights; default: source, FP8 and INT4 become bf16, others stay",
         )  # fmt: skip
     for command in (plan, back):
-        command.add_argument(
-            "--weights", choices=WEIGHTS,
-            help="of the Hugging Face side; default: as released if nobody trained them, else bf16",
-        )  # fmt: skip
-        command.add_argument(
-            "--scales", choices=conversions.SCALES,
-            help="FP8 scales; default: the original ones if nobody trained the weights, else fresh",
-        )  # fmt: skip
-        command.add_argument(
-            "--like",
-            type=Path,
-            help="take shards, keys, tokenizer and config.json from this folder",
-        )
-        command.add_argument(
-            "--tokenizer",
-            type=Path,
-            help="add this folder's or file's; default: --like's, else what the run trained with",
-        )
-        command.add_argument(
-            "--vocab-size", type=_count, help="rows to keep of a padded vocabulary"
-        )
-        command.add_argument(
-            "--shard-gb", type=_amount, help=f"size of new shards; default: {SHARD_BYTES / 1e9:g}"
-        )
+        _add_to_hf_flags(command)
     for command in (forth, back):
         command.add_argument(
             "--workers", type=_count, default=conversions.default_workers(), help="processes"
         )
         command.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
+
+
+def _add_to_hf_flags(command: argparse.ArgumentParser) -> None:
+    """Add what can be asked of the Hugging Face side; ``_TO_HF`` has their destinations."""
+    command.add_argument(
+        "--weights", choices=WEIGHTS,
+        help="of the Hugging Face side; default: as released if nobody trained them, else bf16",
+    )  # fmt: skip
+    command.add_argument(
+        "--scales", choices=conversions.SCALES,
+        help="FP8 scales; default: the original ones if nobody trained the weights, else fresh",
+    )  # fmt: skip
+    command.add_argument(
+        "--like",
+        type=Path,
+        help="take shards, keys, tokenizer and config.json from this folder",
+    )
+    command.add_argument(
+        "--tokenizer",
+        type=Path,
+        help="add this folder's or file's; default: --like's, else what the run trained with",
+    )
+    command.add_argument("--vocab-size", type=_count, help="rows to keep of a padded vocabulary")
+    command.add_argument(
+        "--shard-gb", type=_amount, help=f"size of new shards; default: {SHARD_BYTES / 1e9:g}"
+    )
 
 
 def _count(text: str) -> int:

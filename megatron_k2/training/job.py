@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_k2.checkpoint.intact import TRACKER
+
 NUM_PROCESSES = 2
 TRAIN_MODULE = "megatron_k2.training.pretrain"
 SAMPLE_MODULE = "megatron_k2.training.sample"
@@ -153,7 +155,7 @@ class Job:
             *("--eval-interval", str(eval_interval(train_iters))),
             "--exit-signal-handler",
         ]
-        if (self.checkpoints / "latest_checkpointed_iteration.txt").exists():
+        if (self.checkpoints / TRACKER).exists():
             # The schedule is this command line's: a longer run decays later.
             arguments += ["--load", str(self.checkpoints), "--override-opt-param-scheduler"]
         return [*arguments, *self.settings.flags]

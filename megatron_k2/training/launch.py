@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_k2.checkpoint.intact import TRACKER
+
 _ITERATION = re.compile(r"iteration\s+(\d+)/\s*(\d+) \|")
 _FIELD = re.compile(r"\| ([A-Za-z][^|:]*?): +([-+\d.]+(?:E[-+]\d+)?)(?= \|)", re.IGNORECASE)
 _VALIDATION = re.compile(r"validation\S* loss at iteration (\d+) .*?lm loss value: ([-+\d.E]+)")
@@ -219,7 +221,7 @@ class _signals_passed_to:
 def last_checkpoint(folder: Path) -> int:
     """Return the iteration of the newest complete checkpoint in a folder, 0 without one."""
     try:
-        return int((folder / "latest_checkpointed_iteration.txt").read_text())
+        return int((folder / TRACKER).read_text())
     except (FileNotFoundError, ValueError):
         return 0
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_k2.arguments import SPEC
 from megatron_k2.checkpoint.torch_dist.folder import open_folder, resolve
+from megatron_k2.flags import SPEC
 from megatron_k2.inputs import UsageError
 from megatron_k2.training.launch import free_port
 

@@ -25,9 +25,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from megatron_k2.checkpoint import intact
-from megatron_k2.checkpoint.load_hf import LoadHF
-from megatron_k2.checkpoint.load_peft import LoadPeft
 from megatron_k2.inputs import UsageError, check_splits, require_data
 from megatron_k2.training.batch import context_mean, get_batch, needs_data
 from megatron_k2.training.command_line import run_as_command
@@ -39,6 +36,7 @@ from megatron_k2.training.stage_data import (
     split_losses,
     views_of_stage,
 )
+from megatron_k2.training.starting_weights import add_load_hooks_
 
 Report = dict[str, Tensor]
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, Report]]
@@ -253,11 +251,6 @@ def embedding_ranks(pp_ranks: list[int]) -> list[int]:
     return sorted({pp_ranks[0], *(pp_ranks[-1:] if tied else ())})
 
 
-def _has_checkpoint(load_dir: str | None) -> bool:
-    """Tell whether Megatron is about to load weights over those of ``--k2-load-hf``."""
-    return load_dir is not None and (Path(load_dir) / intact.TRACKER).is_file()
-
-
 def train_with(
     add_args: Callable[[argparse.ArgumentParser], argparse.ArgumentParser],
     check_args: Callable[[Any], None],
@@ -295,10 +288,7 @@ def train_with(
     if args.lr is None and not args.skip_train:
         raise UsageError("no learning rate: give --lr, or a --k2-preset that has one")
     model_config = gpt_config_from_args(args)
-    if args.k2_load_hf and not _has_checkpoint(args.load):
-        model_config.post_wrap_hooks.append(LoadHF(Path(args.k2_load_hf)))
-    if args.k2_lora_load:
-        model_config.post_wrap_hooks.append(LoadPeft(Path(args.k2_lora_load), vars(args)))
+    add_load_hooks_(args, model_config)
     pretrain(
         pretrain_cfg_container_from_args(args, model_config),
         provider,

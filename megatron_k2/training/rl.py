@@ -161,16 +161,11 @@ def _run(args: Any, run: Run, inputs: Inputs) -> None:
     from megatron.training.training import setup_model_and_optimizer
 
     from megatron_k2 import parallel
-    from megatron_k2.checkpoint.load_hf import LoadHF
-    from megatron_k2.checkpoint.load_peft import LoadPeft
     from megatron_k2.training.rl_parts import make_trainer
+    from megatron_k2.training.starting_weights import add_load_hooks_
 
     config = gpt_config_from_args(args)
-    has_own = args.load and (Path(args.load) / "latest_checkpointed_iteration.txt").is_file()
-    if args.k2_load_hf and not has_own:
-        config.post_wrap_hooks.append(LoadHF(Path(args.k2_load_hf)))
-    if args.k2_lora_load:
-        config.post_wrap_hooks.append(LoadPeft(Path(args.k2_lora_load), vars(args)))
+    add_load_hooks_(args, config)
     initialize_megatron(get_embedding_ranks=embedding_ranks)
     args = get_args()
     groups = parallel.get_pg_collection()
@@ -194,7 +189,7 @@ def main() -> None:
 
 
 def cli() -> int:
-    """Register K2 and run ``main``: the entry point of ``megatron-k2-rl``."""
+    """Register K2 and run ``main``: the command ``megatron-k2 rl``."""
     return run_as_command(main)
 
 

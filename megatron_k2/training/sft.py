@@ -86,7 +86,9 @@ def check_sft_args(args: Any) -> None:
         if not getattr(args, name):
             raise UsageError(f"{flag} cannot be turned off: rows are packed")
     if args.mock_data:
-        raise UsageError("--mock-data: give --train-data-path, packed by tools/preprocess_sft.py")
+        raise UsageError(
+            "--mock-data: give --train-data-path, packed by megatron-k2 preprocess-sft"
+        )
     if args.reset_position_ids or args.reset_attention_mask or args.eod_mask_loss:
         raise UsageError(
             "--reset-position-ids, --reset-attention-mask and --eod-mask-loss are for pretraining: "
@@ -195,7 +197,7 @@ def main() -> None:
 
 
 def cli() -> int:
-    """Register K2 and run ``main``: the entry point of ``megatron-k2-sft``."""
+    """Register K2 and run ``main``: the command ``megatron-k2 sft``."""
     return run_as_command(main)
 
 

@@ -29,11 +29,11 @@ def _with_k2_arguments(original: Callable[..., argparse.ArgumentParser]) -> Any:
 def _with_k2_validation(original: Callable[..., Any]) -> Any:
     def validate_args(args: argparse.Namespace, defaults: dict[str, Any] | None = None) -> Any:
         """Check K2's rules, then Megatron's, then derive what K2 derives."""
-        from megatron_k2 import arguments
+        from megatron_k2 import argument_checks
         from megatron_k2.inputs import UsageError
         from megatron_k2.upstream_errors import REFUSALS, explain
 
-        arguments.validate_k2_args(args)
+        argument_checks.validate_k2_args(args)
         try:
             validated = original(args, defaults or {})
         except REFUSALS as error:
@@ -41,7 +41,7 @@ def _with_k2_validation(original: Callable[..., Any]) -> Any:
             if message is None:
                 raise
             raise UsageError(message) from error
-        arguments.finish_k2_args(args)
+        argument_checks.finish_k2_args(args)
         return validated
 
     return validate_args

@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 from tests.docs.commands import commands_of  # noqa: E402  found through the line above
 
 OTHERS = frozenset((
-    "cat", "cd", "cp", "curl", "diff", "docker", "echo", "export", "git", "grep", "head",
+    "cat", "cd", "cp", "curl", "diff", "docker", "echo", "export", "git", "grep", "head", "ln",
     "kill", "ls", "mkdir", "pip", "python", "sed", "sleep", "source", "test", "trap", "wait",
     ".venv/bin/pip", ".venv/bin/tensorboard",
 ))  # fmt: skip

@@ -16,7 +16,7 @@ import megatron_k2
 megatron_k2.register("cpu")
 
 from megatron_k2 import device  # noqa: E402
-from megatron_k2.arguments import finish_k2_args, validate_k2_args  # noqa: E402
+from megatron_k2.argument_checks import finish_k2_args, validate_k2_args  # noqa: E402
 from megatron_k2.inputs import UsageError  # noqa: E402
 
 BASE = ["--micro-batch-size", "2", "--mock-data", "--tokenizer-type", "NullTokenizer"]

@@ -73,6 +73,8 @@ def test_a_long_usage_is_renamed_with_its_lines() -> None:
     usage = "usage: gym.py [-h] --one ONE\n              --two TWO\n\n"
     renamed = "usage: megatron-k2 gym [-h] --one ONE\n    --two TWO\n\n"
     assert as_typed(usage + "  tools/gym.py list", "gym") == renamed + "  megatron-k2 gym list"
+    wrapped = as_typed("--wrap '.venv/bin/python tools/gym.py list'", "gym")
+    assert wrapped == "--wrap 'megatron-k2 gym list'"
     untouched = "rl/critic/serve.py, my_gym.py and /opt/tools/gym.py"
     assert as_typed(untouched, "gym") == untouched
 

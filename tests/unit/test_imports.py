@@ -1,11 +1,16 @@
-"""The floors of the package: an import only goes to a lower floor, and doors have one key."""
+"""The floors of the package: an import only goes to a lower floor, and doors have one key.
+
+And its sizes: files that one reads at once, functions that fit on a screen.
+"""
 
 import ast
 import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -31,6 +36,7 @@ FLOORS = {
     "parallel": 2,
     "flags": 2,
     "arguments": 3,
+    "argument_checks": 3,
     "model": 4,
     "optimizer": 4,
     "engine": 5,
@@ -49,6 +55,8 @@ FLOORS = {
     "__main__": 11,
 }
 OPTIONAL_PACKAGES = {"transformer_engine", "apex", "amp_C", "emerging_optimizers", "ray"}
+LARGEST_FILE, MEDIAN_FILE, LARGEST_FUNCTION = 500, 150, 70
+"""Lines; the house style's: 500 and 70 are failures, 150 is what to aim at."""
 VERSION_READERS = {"importlib.metadata", "pkg_resources"}
 
 
@@ -93,6 +101,53 @@ def test_imports_only_go_down() -> None:
             if FLOORS[below] >= FLOORS[room]:
                 upward.append(f"{name} (floor {FLOORS[room]}) imports {target} ({FLOORS[below]})")
     assert not upward, "\n".join(upward)
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    """Inside a room too, and for types alone: a circle is one file in several parts."""
+    names = {name.removesuffix(".__init__") for name, _ in modules()}
+    graph = {name: files_of(targets, names) for name, targets in modules()}
+    graph = {name.removesuffix(".__init__"): files for name, files in graph.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
+
+
+def files_of(targets: list[str], names: set[str]) -> set[str]:
+    """Return the files of the package among imported names: a module's, or its folder's."""
+    found = set()
+    for target in targets:
+        inside = target.removeprefix("megatron_k2.")
+        if inside != target:
+            found |= {one for one in (inside, inside.rpartition(".")[0]) if one in names}
+    return found
+
+
+def sources() -> list[Path]:
+    """Return every source file of the product: the package, its patches and tools."""
+    folders = (PACKAGE, ROOT / "patches", ROOT / "tools")
+    found = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
+    return [path for path in found if not path.is_symlink() and path.stat().st_size]
+
+
+def test_files_are_small() -> None:
+    lines = {path: path.read_text().count("\n") for path in sources()}
+    large = [f"{path.relative_to(ROOT)}: {n}" for path, n in lines.items() if n > LARGEST_FILE]
+    assert not large
+    own = [n for path, n in lines.items() if path.name != "__init__.py"]
+    assert median(own) < MEDIAN_FILE
+
+
+def test_functions_fit_on_a_screen() -> None:
+    long = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {length}"
+        for path in sources()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (length := (node.end_lineno or 0) - node.lineno + 1) >= LARGEST_FUNCTION
+    ]
+    assert not long
 
 
 def offenders(forbidden: set[str], allowed: set[str], folder: Path = PACKAGE) -> list[str]:

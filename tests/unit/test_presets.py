@@ -12,7 +12,8 @@ import torch
 
 import megatron_k2
 from megatron_k2 import presets
-from megatron_k2.presets import hf_config, list_presets, load_preset
+from megatron_k2.presets import list_presets, load_preset
+from megatron_k2.presets.hf_config import hf_config
 
 megatron_k2.register("cpu")
 

@@ -179,7 +179,8 @@ def hf_step(args: Any, experts: str, weights: str) -> Step:
     """Build transformers' model with an experts implementation and return its training step."""
     import transformers
 
-    from megatron_k2.presets import hf_config, load_preset
+    from megatron_k2.presets import load_preset
+    from megatron_k2.presets.hf_config import hf_config
 
     fields = hf_config(load_preset(args.k2_preset))
     config = transformers.DeepseekV3Config(**fields, attn_implementation="sdpa")

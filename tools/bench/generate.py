@@ -45,7 +45,8 @@ def build_models(preset: str) -> tuple[Any, Any]:
     from megatron.training.arguments import core_transformer_config_from_args
 
     from megatron_k2.model.specs import get_k2_layer_specs
-    from megatron_k2.presets import hf_config, load_preset
+    from megatron_k2.presets import load_preset
+    from megatron_k2.presets.hf_config import hf_config
 
     args.params_dtype, args.bf16 = torch.float32, False
     config = core_transformer_config_from_args(args)

@@ -28,7 +28,8 @@ os.environ["OMP_NUM_THREADS"] = str(THREADS)
 import torch  # noqa: E402  threads are set before torch starts
 from report import print_json, print_table  # noqa: E402
 
-from megatron_k2.presets import hf_config, load_preset  # noqa: E402
+from megatron_k2.presets import load_preset  # noqa: E402
+from megatron_k2.presets.hf_config import hf_config  # noqa: E402
 
 HERE = Path(__file__).parent
 HF_EXPERTS = ("grouped_mm", "batched_mm", "eager")

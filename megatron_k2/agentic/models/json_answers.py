@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_k2.agentic.model import Model, Question, Refused
 from megatron_k2.agentic.models.counted import count
-from megatron_k2.gym.judging import strict_object
+from megatron_k2.gym.asking import strict_object
 
 TRIES = 3
 LONGEST_REASON = 600  # characters: a checker may list hundreds of faults

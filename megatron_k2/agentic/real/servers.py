@@ -23,7 +23,7 @@ from megatron_k2.compat import distribution_version
 
 _HERE = Path(__file__).parent
 DECLARED = _HERE / "servers.toml"
-INSTALL = "python tools/install_mcp_servers.py --folder FOLDER"
+INSTALL = "megatron-k2 install-mcp-servers --folder FOLDER"
 
 
 @dataclass(frozen=True)

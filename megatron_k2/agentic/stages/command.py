@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 
 from megatron_k2.agentic.stages.claim import is_run
 from megatron_k2.agentic.stages.layout import Layout
@@ -44,5 +46,8 @@ def run(args: argparse.Namespace, open_checkpoint: OpenCheckpoint | None = None)
         )
         print(f"problems: {len(problems)}" if problems else whole)
         return problems
-    print(show(layout, args.kind, args.number, args.id, args.json))
+    try:
+        print(show(layout, args.kind, args.number, args.id, args.json), flush=True)
+    except BrokenPipeError:  # ``head`` has had enough, and that is no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes
     return []

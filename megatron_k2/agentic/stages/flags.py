@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 STAGE_NAMES = ("tools", "agents", "tasks", "trajectories", "judge", "output", "report")
@@ -232,6 +233,12 @@ def check_flags(args: argparse.Namespace) -> None:
     for name in ("fault_share", "scripted_mistakes", "heldout_share", "server_share"):
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: from 0 to 1")
+    if not 0 <= args.temperature < math.inf:
+        raise ValueError(f"--temperature {args.temperature}: 0 or more, and finite")
+    if not 0 < args.timeout_s < math.inf:
+        raise ValueError(f"--timeout-s {args.timeout_s}: above 0, and finite")
+    if not all(0 <= price < math.inf for price in args.price_per_million):
+        raise ValueError(f"--price-per-million {args.price_per_million}: 0 or more, and finite")
     if not 1 <= args.tools_per_agent[0] <= args.tools_per_agent[1]:
         raise ValueError(f"--tools-per-agent {args.tools_per_agent}: 1 <= LEAST <= MOST")
     if len(args.price_per_million) > 2:
@@ -244,7 +251,7 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.model is None and len(engines) < len(args.model_for):
         raise ValueError("--model-for: needs --model, which answers the other roles")
     if args.ray and engines:
-        raise ValueError(f"--ray: {engines[0]} plays in one process; serve it: tools/serve.py")
+        raise ValueError(f"--ray: {engines[0]} plays in one process; serve it: megatron-k2 serve")
     if args.engine_tokenizer and not engines:
         raise ValueError("--engine-tokenizer: give --model-for policy=engine:PATH too")
     if (args.mcp or args.mcp_folder) and not args.real_servers:

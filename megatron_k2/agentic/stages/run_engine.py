@@ -75,7 +75,7 @@ def _opened(desk: Desk, spec: str) -> tuple[Engine, KimiFormat]:
                 path, wanted.tokenizer, wanted.chat_format, wanted.max_running
             )
         elif desk.open_checkpoint is None:
-            raise ValueError("only tools/synthesize_agentic.py opens checkpoints")
+            raise ValueError("only megatron-k2 synthesize-agentic opens checkpoints")
         else:
             engine, found = desk.open_checkpoint(path, wanted)
     except ValueError as error:

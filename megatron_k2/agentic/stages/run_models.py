@@ -59,8 +59,8 @@ def models_for(args: argparse.Namespace) -> dict[str, str]:
             )
         if spec.startswith(ENGINE) and role != "policy":
             raise ValueError(
-                f"--model-for {given}: {ENGINE} plays the policy alone; tools/serve.py makes a "
-                "server of the same folder"
+                f"--model-for {given}: {ENGINE} plays the policy alone; megatron-k2 serve makes "
+                "a server of the same folder"
             )
         name_of(spec)
         if role in found and role != "judge":

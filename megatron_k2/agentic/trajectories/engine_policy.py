@@ -14,7 +14,8 @@ from typing import Any
 from megatron_k2.agentic.model import Refused
 from megatron_k2.agentic.tasks.dialogue import declarations
 from megatron_k2.agentic.tasks.settings import derived_seed
-from megatron_k2.agentic.trajectories.policies import Part, Player, Said, Unsayable
+from megatron_k2.agentic.trajectories.part import Part
+from megatron_k2.agentic.trajectories.policies import Player, Said, Unsayable
 from megatron_k2.chat.format import Message
 from megatron_k2.chat.kimi import KimiFormat
 from megatron_k2.chat.ledger import TokenLedger

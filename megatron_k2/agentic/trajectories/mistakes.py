@@ -10,12 +10,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from megatron_k2.agentic.tasks.agents import rules_of
 from megatron_k2.agentic.tasks.argument_uses import written_entities
 from megatron_k2.agentic.tasks.references import references_in
 from megatron_k2.agentic.tasks.settings import derived_seed
+from megatron_k2.agentic.trajectories.part import Part
 from megatron_k2.agentic.trajectories.progress import Solution
 from megatron_k2.agentic.trajectories.solution_edits import (
     REFERENCE,
@@ -34,9 +34,6 @@ from megatron_k2.agentic.trajectories.solution_edits import (
     told_by,
     without_result,
 )
-
-if TYPE_CHECKING:
-    from megatron_k2.agentic.trajectories.policies import Part
 
 FAULTS = (
     "correct",

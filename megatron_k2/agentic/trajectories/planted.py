@@ -19,8 +19,9 @@ from megatron_k2.agentic.tasks.samples import Sample, sample_domains
 from megatron_k2.agentic.tasks.settings import TaskSettings
 from megatron_k2.agentic.tasks.tasks import make_tasks
 from megatron_k2.agentic.trajectories.mistakes import FAULTS, mistaken
+from megatron_k2.agentic.trajectories.part import Part
 from megatron_k2.agentic.trajectories.play import play
-from megatron_k2.agentic.trajectories.policies import ModelPlayer, ModelPolicy, Part, Player
+from megatron_k2.agentic.trajectories.policies import ModelPlayer, ModelPolicy, Player
 from megatron_k2.agentic.trajectories.user import SimulatedUser
 
 MOST_AGENTS = 400  # rounds of agents before a set is given up

@@ -18,7 +18,8 @@ from megatron_k2.agentic.records import Agent, AgentTask, Call, Ending, Trajecto
 from megatron_k2.agentic.tasks.dialogue import call_record, declarations, opening, returned
 from megatron_k2.agentic.tasks.settings import derived_seed
 from megatron_k2.agentic.toolbox import Toolbox, ToolboxError
-from megatron_k2.agentic.trajectories.policies import Part, Player, Policy, Unsayable
+from megatron_k2.agentic.trajectories.part import Part
+from megatron_k2.agentic.trajectories.policies import Player, Policy, Unsayable
 from megatron_k2.agentic.trajectories.user import SimulatedUser
 
 UNREADABLE = "Your last message could not be read as a tool call ({problem}). Write it again."

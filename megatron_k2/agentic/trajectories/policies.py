@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from megatron_k2.agentic.model import Model, Question
-from megatron_k2.agentic.records import Agent, AgentTask, Tool
 from megatron_k2.agentic.tasks.dialogue import declarations
 from megatron_k2.agentic.tasks.settings import derived_seed
 from megatron_k2.agentic.trajectories.mistakes import draw_mistake
+from megatron_k2.agentic.trajectories.part import Part
 from megatron_k2.chat.call_ids import call_id
 from megatron_k2.chat.format import Message
 
@@ -37,25 +37,6 @@ class Said:
     is_cut: bool = False
     tokens: int = 0
     model: str = ""
-
-
-@dataclass(frozen=True)
-class Part:
-    """What a policy is to play: the agent in one dialogue.
-
-    Attributes:
-        task, agent, tools: of the dialogue.
-        attempt: counts the dialogues of a task.
-        messages: before the first answer.
-        seed: of this dialogue.
-    """
-
-    task: AgentTask
-    agent: Agent
-    tools: Sequence[Tool]
-    attempt: int
-    messages: Sequence[Message]
-    seed: int
 
 
 class Unsayable(RuntimeError):

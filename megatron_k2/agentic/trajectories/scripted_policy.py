@@ -10,7 +10,7 @@ from megatron_k2.agentic.model import Question
 from megatron_k2.agentic.tasks.references import resolve_words
 from megatron_k2.agentic.tasks.settings import derived_seed
 from megatron_k2.agentic.trajectories.mistakes import mistaken, solution_of
-from megatron_k2.agentic.trajectories.policies import Part
+from megatron_k2.agentic.trajectories.part import Part
 from megatron_k2.agentic.trajectories.progress import Progress
 from megatron_k2.chat.format import Message
 

@@ -6,16 +6,14 @@ import random
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_k2.agentic.records import Tool
 from megatron_k2.agentic.tasks.argument_uses import uses_of
 from megatron_k2.agentic.tasks.references import references_in
 from megatron_k2.agentic.tasks.scripted_arguments import draw_arguments, fits
+from megatron_k2.agentic.trajectories.part import Part
 from megatron_k2.agentic.trajectories.progress import Solution
-
-if TYPE_CHECKING:
-    from megatron_k2.agentic.trajectories.policies import Part
 
 TRIES = 12  # draws before a mistake is given up
 REFERENCE = re.compile(r"\{\$result\.(\d+)[^{}]*\}")

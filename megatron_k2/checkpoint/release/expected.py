@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_k2.chat.special_tokens import CONTROL_TOKENS
-from megatron_k2.presets import hf_config, load_preset
+from megatron_k2.presets import load_preset
+from megatron_k2.presets.hf_config import hf_config
 
 Ids = tuple[int, ...]
 

@@ -173,8 +173,8 @@ def open_source(folder: TorchDistFolder, shape: ModelShape) -> MegatronSource:
     extra = [key for key in folder.tensors if key not in used and not key.startswith(_NO_WEIGHTS)]
     if any(is_adapter(key) for key in extra):
         raise ConversionRefused(
-            f"{folder.path}: holds adapters; `tools/lora.py export` writes them as PEFT's, and "
-            "`tools/lora.py merge` adds those to the Hugging Face folder of their base"
+            f"{folder.path}: holds adapters; `megatron-k2 lora export` writes them as PEFT's, "
+            "and `megatron-k2 lora merge` adds those to the Hugging Face folder of their base"
         )
     problems += [f"{key}: nothing on Hugging Face's side takes it" for key in extra]
     refuse(problems, f"{folder.path} does not fit its configuration")

@@ -23,7 +23,7 @@ HEADER = b"MMIDIDX\x00\x00"
 VERSION = 1
 DTYPES: dict[int, np.dtype] = {4: np.dtype(np.int32), 8: np.dtype(np.uint16)}
 """Megatron's codes of token types (``DType``, megatron/core/datasets/indexed_dataset.py)."""
-_ANEW = "bring it back, or tokenise anew by tools/preprocess_data.py"
+_ANEW = "bring it back, or tokenise anew by megatron-k2 preprocess-data"
 
 
 @dataclass(frozen=True)

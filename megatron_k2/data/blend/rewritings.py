@@ -95,7 +95,7 @@ def read_rewritings(tokens: Tokens) -> Rewritings | None:
     if side is None:
         raise ValueError(
             f"{where}: there are no side files of {corpus.prefix}, so nothing says whose "
-            "rephrasing a document is: tokenise by tools/preprocess_data.py, or set side_files"
+            "rephrasing a document is: tokenise by megatron-k2 preprocess-data, or set side_files"
         )
     found = Rewritings.empty(len(tokens.lengths))
     for number in range(len(side.summary["sources"])):
@@ -118,7 +118,7 @@ def _read_file(
             _note(found, document, _loads(data))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{where}: {path} line {at} is no record of tools/rephrase_data.py "
+                f"{where}: {path} line {at} is no record of megatron-k2 rephrase-data "
                 f"({type(error).__name__}: {error})"  # no repr: that of bad UTF-8 is the line
             ) from error
         document, line = next(wanted, (-1, -1))
@@ -165,7 +165,7 @@ def _unchanged(side: Side, number: int, where: str) -> Path:
             "was tokenised: tokenise it again"
         )
     if find_sources([str(path)])[0].format != "jsonl":
-        raise ValueError(f"{where}: {path} is not JSONL, which tools/rephrase_data.py writes")
+        raise ValueError(f"{where}: {path} is not JSONL, which megatron-k2 rephrase-data writes")
     return path
 
 

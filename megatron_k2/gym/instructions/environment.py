@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
+from megatron_k2.gym.asking import ask_json, field_of
 from megatron_k2.gym.base import Answer, SingleTurn, Task, Verdict, judged
 from megatron_k2.gym.instructions.claims import false_claims
 from megatron_k2.gym.instructions.code_check import run_check
@@ -22,7 +23,6 @@ from megatron_k2.gym.instructions.combining import tasks
 from megatron_k2.gym.instructions.compose import gold
 from megatron_k2.gym.instructions.expert import built_in, of_split, read_tasks
 from megatron_k2.gym.instructions.rules import holds, instruction, stated
-from megatron_k2.gym.judging import ask_json, field_of
 from megatron_k2.gym.splits import check_split
 
 NUM_TASKS = {"train": 256, "test": 64}  # where the run names no number

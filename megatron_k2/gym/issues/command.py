@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,8 @@ def build(argv: Sequence[str] | None = None) -> None:
             f"--repository {args.repository} has no change that touches tests and other files; "
             "a history without merges needs --every-commit"
         )
+    if not 0 < args.wall_s < math.inf:
+        raise ValueError(f"--wall-s {args.wall_s}: must be above 0 and finite")
     settings = Settings(tuple(args.path), args.repeats, args.num_shown, args.wall_s)
     rows = asyncio.run(_all(args, candidates, settings))
     tasks = [row for row in rows if "dropped" not in row]
@@ -78,17 +82,19 @@ async def _all(
         journal = CheckedLines(args.output.with_name(f"{args.output.name}.journal"))
     except JournalBusy as error:
         raise ValueError(f"--output {args.output}: another run is at it ({error})") from None
-    key = json.dumps([str(args.repository.resolve()), settings.__dict__], sort_keys=True)
+    where = [str(args.repository.resolve()), settings.__dict__]
+    # What a candidate is, too: a file of them may have changed under the same names.
+    keys = {one.id: json.dumps([*where, asdict(one)], sort_keys=True) for one in candidates}
     try:
-        rows = [one["row"] for one in journal.before if one["key"] == key]
-        done = {row["id"]: row for row in rows}
+        rows = [(one["key"], one["row"]) for one in journal.before]
+        done = {row["id"]: row for key, row in rows if keys.get(row["id"]) == key}
         left = [one for one in candidates if one.id not in done]
         if left:
             sandbox = await find_sandbox(args.sandbox, args.sandbox_url)
             try:
                 for one in tqdm(left, unit="candidate", disable=not sys.stderr.isatty()):
                     row = await try_candidate(sandbox, args.repository, one, settings, trees)
-                    journal.append({"key": key, "row": row}, to_disk=True)
+                    journal.append({"key": keys[one.id], "row": row}, to_disk=True)
                     done[one.id] = row
             finally:
                 await sandbox.close()

@@ -78,7 +78,7 @@ def load_tasks(env: str, split: str, num_tasks: int | None, file: str, ask: Any)
     if not file:
         raise ValueError(
             f"environment {env!r} needs a file of tasks: options file = 'tasks.jsonl', made by "
-            "tools/build_issue_tasks.py"
+            "megatron-k2 build-issue-tasks"
         )
     path, rows = Path(file), []
     try:
@@ -88,8 +88,11 @@ def load_tasks(env: str, split: str, num_tasks: int | None, file: str, ask: Any)
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        row = json.loads(line)
-        missing = [name for name in _NEEDED if name not in row]
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+        missing = [name for name in _NEEDED if not isinstance(row, dict) or name not in row]
         if missing:
             raise ValueError(f"{path}, line {number}: no {', '.join(missing)}")
         rows.append(row | {"tree": str((path.parent / row["tree"]).resolve())})

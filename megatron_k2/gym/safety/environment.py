@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from megatron_k2.gym.asking import ask_json, field_of
 from megatron_k2.gym.base import Answer, SingleTurn, Task, Verdict, judged
-from megatron_k2.gym.judging import ask_json, field_of
 from megatron_k2.gym.safety.seeds import (
     Attack,
     Control,

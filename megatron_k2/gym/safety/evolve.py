@@ -19,7 +19,8 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
-from megatron_k2.gym.judging import JudgeGone, ask_json, field_of
+from megatron_k2.gym.asking import ask_json, field_of
+from megatron_k2.gym.judging import JudgeGone
 from megatron_k2.gym.safety.environment import label
 from megatron_k2.gym.safety.seeds import Attack, seed_attacks, strategies
 from megatron_k2.gym.services import Judge

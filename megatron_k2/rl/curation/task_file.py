@@ -62,6 +62,14 @@ def task_from(row: Any) -> Task:
             raise ValueError(f"{key}: a {kind.__name__} is needed")
     if not isinstance(row.get("metadata", {}), dict):
         raise ValueError("metadata: an object is needed")
+    for message in row["messages"]:
+        if not isinstance(message, dict) or not {"content", "tool_calls"} & message.keys():
+            raise ValueError("messages: each is an object with a content or tool_calls")
+        if not isinstance(message.get("role"), str):
+            raise ValueError("messages: each has a role")
+    budget = row.get("budget")
+    if budget is not None and (type(budget) is not int or budget < 1):
+        raise ValueError(f"budget {budget!r} is no whole number of at least 1")
     return Task(**{key: _tuple(value) for key, value in row.items()})
 
 

@@ -153,7 +153,7 @@ def test_folder_that_is_no_model_is_refused_in_one_line(
 
 def test_checkpoint_in_load_wins_over_the_folder(tmp_path: Path) -> None:
     """So that the same command goes on after a stop."""
-    from megatron_k2.training.pretrain import _has_checkpoint
+    from megatron_k2.training.starting_weights import _has_checkpoint
 
     assert not _has_checkpoint(None)
     assert not _has_checkpoint(str(tmp_path))

@@ -13,15 +13,8 @@ import pytest
 from megatron_k2.chat.format import Message
 from megatron_k2.data.rephrase.client import Client, Endpoint
 from megatron_k2.data.rephrase.gate import Budget, Gate
-from megatron_k2.gym.judging import (
-    EndpointJudge,
-    EngineJudge,
-    RecordedJudge,
-    ScriptedJudge,
-    ask_json,
-    field_of,
-    strict_object,
-)
+from megatron_k2.gym.asking import ask_json, field_of, strict_object
+from megatron_k2.gym.judging import EndpointJudge, EngineJudge, RecordedJudge, ScriptedJudge
 from megatron_k2.gym.services import Judge
 from tests.unit.engine.scripted_engine import END, ByteFormat, ScriptedEngine
 

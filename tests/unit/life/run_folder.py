@@ -41,7 +41,7 @@ def write_life(out: Path, **done: Mapping[str, Any]) -> Path:
             whole = {
                 "name": name, "title": f"What {name} does", "started": "2026-11-29T01:00:00Z",
                 "seconds": 75.5, "commands": [f"python -m megatron_k2.{name} --seed 7"],
-                "figures": {}, "series": [], "samples": [],
+                "figures": {}, "samples": [],
                 "files": {f"stages/{name}.bin": "ab" * 32}, "artifacts": {},
             }  # fmt: skip
             (folder / "done.json").write_text(json.dumps({**whole, **record}))
@@ -56,14 +56,12 @@ def whole_life(out: Path) -> Path:
     loss = {"before": 6.9, "after": 3.1, "better": "lower", "unit": "nats/token"}
     right = {"before": 0.5, "after": 0.4, "better": "higher", "unit": ""}
     text = {"before": None, "after": 4.5, "better": "higher", "unit": "MB"}
-    points = [[0, 1.0], [1, 2.0]]
     return write_life(
         out,
         corpus={"figures": {"text": text}, "samples": [{"title": ATTACK, "after": ATTACK}]},
         pretrain={
             "figures": {"held-out loss": loss},
             "artifacts": {"tensorboard": "logs"},
-            "series": [{"title": "own curve", "x": "step", "unit": "MB", "points": points}],
             "samples": [{"title": f"sample {at}", "before": "b", "after": "a"} for at in range(4)],
         },
         synthesize={"artifacts": {"episodes": "agentic"}},

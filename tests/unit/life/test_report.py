@@ -31,7 +31,7 @@ def test_the_report_shows_every_part_of_a_run(whole: Path) -> None:
     page = whole.read_text()
     for said in (
         "Missing: serve (not run)", "4 of 5", "1 of 2</b>figures improved",  # the strip
-        "pretraining: loss", "long-context: loss", "pretrain: own curve",  # curves
+        "pretraining: loss", "long-context: loss",  # curves
         "Loss on held-out text, after each stage", "Training loss, all stages",
         "update RMS", "learning rate", "largest attention logit", "heads clipped",
         "expert balance", "rl: accuracy on held-out tasks", "rl: speed of rollouts",
@@ -100,13 +100,9 @@ def test_what_is_no_run_or_damaged_is_named(tmp_path: Path) -> None:
 
 
 def test_a_long_run_stays_small(tmp_path: Path) -> None:
-    points = [[at, at / 3] for at in range(5_000)]
-    series = [
-        {"title": f"curve {at}", "x": "step", "unit": "", "points": points} for at in range(20)
-    ]
     samples = [{"title": "long", "before": "b" * 50_000, "after": "a" * 50_000}] * 20
     files = {f"part-{at}": "cd" * 32 for at in range(5_000)}
-    record: dict[str, Any] = {"series": series, "samples": samples, "files": files}
+    record: dict[str, Any] = {"samples": samples, "files": files}
     page = build(write_life(tmp_path / "out", corpus=record)).read_text()
     assert len(page.encode()) < LIMIT_BYTES and "4,940 more in done.json" in page
 

@@ -156,6 +156,9 @@ def test_from_does_a_stage_and_the_later_ones_again(tmp_path: Path) -> None:
     assert json.loads((out / "stages/02-second/value.json").read_text()) == {"found": {"score": 3}}
     with pytest.raises(ValueError, match=r"--from tird: stages are first, second, third"):
         run(path, out, redo="tird")
+    with pytest.raises(ValueError, match="--from second comes after --until first"):
+        run(path, out, until="first", redo="second")
+    assert (out / "stages/02-second/done.json").is_file()
     with pytest.raises(ValueError, match="other seed"):
         run(path, out, seed=2)
 

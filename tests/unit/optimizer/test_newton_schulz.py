@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_k2.optimizer import newton_schulz as engine
+from megatron_k2.optimizer import symmetric_products
 from megatron_k2.optimizer.coefficients import COEFFICIENT_SETS, coefficient_schedule
 from megatron_k2.optimizer.newton_schulz import (
     Method,
     cheapest_method,
     method_flops,
     newton_schulz,
-    symmetric_product,
 )
+from megatron_k2.optimizer.symmetric_products import symmetric_product
 from tests.reference.newton_schulz import by_singular_values
 
 KIMI = coefficient_schedule("kimi")
@@ -26,7 +26,7 @@ SHAPES = [(1, 1), (1, 9), (9, 1), (7, 7), (5, 23), (40, 12), (64, 64)]
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "SYMMETRIC_BLOCK", 16)
+    monkeypatch.setattr(symmetric_products, "SYMMETRIC_BLOCK", 16)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -131,7 +131,7 @@ def test_the_flop_model_is_what_torch_counts(method, shape):
 
 
 def test_the_cheapest_accurate_method_is_chosen(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(engine, "SYMMETRIC_BLOCK", 512)
+    monkeypatch.setattr(symmetric_products, "SYMMETRIC_BLOCK", 512)
     assert cheapest_method(2048, 7168, KIMI, torch.float32) == "gram"
     assert cheapest_method(2048, 7168, KIMI, torch.bfloat16) == "symmetric"
     assert cheapest_method(256, 256, KIMI, torch.float32) == "standard"

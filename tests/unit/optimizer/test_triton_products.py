@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from megatron_k2.optimizer.coefficients import coefficient_schedule
-from megatron_k2.optimizer.newton_schulz import BACKENDS, load_backend, newton_schulz
+from megatron_k2.optimizer.newton_schulz import newton_schulz
+from megatron_k2.optimizer.symmetric_products import BACKENDS, load_backend
 
 pytest.importorskip("triton", reason="torch's CPU builds come without Triton")
 

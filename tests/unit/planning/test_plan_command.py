@@ -13,7 +13,8 @@ from megatron_k2.planning.command import main
 from megatron_k2.planning.finalist import BuiltStage
 from megatron_k2.planning.model import Model
 from megatron_k2.planning.settings import Candidate
-from megatron_k2.presets import hf_config, load_preset
+from megatron_k2.presets import load_preset
+from megatron_k2.presets.hf_config import hf_config
 
 WEIGHTS = 1_026_408_209_408
 

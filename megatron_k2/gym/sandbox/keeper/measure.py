@@ -12,6 +12,8 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 _BLOCK_BYTES = 512  # of st_blocks, whatever the file system's own
 MAX_WALK = 16_384  # entries of the working directory that are counted; more is too many
 UNCOUNTABLE = 1 << 62
+_RESIDENT = ("RssAnon:", "RssShmem:")
+_PAGE_TABLES = "VmPTE:"  # 4 KB for 2 MB that are only read: no page of those is the program's
 _Seen = dict[tuple[int, int], int]
 
 
@@ -78,11 +80,14 @@ def usage(pids: list[int], memory_limit: int) -> Usage:
         if fields:
             total.cpu_s += sum(int(one) for one in fields[11:15]) / _TICKS
             total.tasks += int(fields[17])
-            total.memory_bytes += _sum_kb(f"/proc/{pid}/status", "RssAnon:", "RssShmem:")
+            total.memory_bytes += _sum_kb(f"/proc/{pid}/status", *_RESIDENT, _PAGE_TABLES)
     if total.memory_bytes > memory_limit:
         total.memory_bytes = sum(
-            _sum_kb(f"/proc/{pid}/smaps_rollup", "Pss_Anon:", "Pss_Shmem:")
-            or _sum_kb(f"/proc/{pid}/status", "RssAnon:", "RssShmem:")
+            _sum_kb(f"/proc/{pid}/status", _PAGE_TABLES)
+            + (
+                _sum_kb(f"/proc/{pid}/smaps_rollup", "Pss_Anon:", "Pss_Shmem:")
+                or _sum_kb(f"/proc/{pid}/status", *_RESIDENT)
+            )
             for pid in pids
         )
     return total

@@ -90,5 +90,7 @@ def test_what_is_not_installed_is_named_with_its_reason(tmp_path: Path) -> None:
     places = locate(load_servers(), tmp_path)
     missing = {name: one.reason for name, one in places.items() if isinstance(one, Missing)}
     assert {"sqlite", "filesystem", "memory"} <= set(missing) and "code" not in missing
-    assert all("tools/install_mcp_servers.py" in one or "node" in one for one in missing.values())
+    assert all(
+        "megatron-k2 install-mcp-servers" in one or "node" in one for one in missing.values()
+    )
     assert all(Path(path).is_absolute() for path in readable(places))

@@ -116,7 +116,9 @@ def test_a_corpus_is_not_taken_for_what_it_is_not(corpora: Path, tmp_path: Path)
     manifest = tmp_path / "blend.toml"
     with pytest.raises(ValueError, match="corpus wiki-new: rephrasing_of is not set"):
         blend("check", write_manifest(manifest, corpora, ALL, of=""))
-    with pytest.raises(ValueError, match=r"in\.jsonl line 1 is no record of tools/rephrase_data"):
+    with pytest.raises(
+        ValueError, match=r"in\.jsonl line 1 is no record of megatron-k2 rephrase-data"
+    ):
         blend("check", write_manifest(manifest, corpora, ALL, new="raw"))
     problems = blend("check", write_manifest(manifest, corpora, ALL, new="bare", of=""))
     assert "corpus wiki-new" in problems[0] and "append_eod is False" in problems[0]

@@ -15,7 +15,8 @@ import pytest
 from megatron_k2.chat.tokenizer import MAX_RUN_CHARS, MAX_SLICE_CHARS, PATTERN, KimiTokenizer
 from megatron_k2.data.documents import read_python_library
 from megatron_k2.data.preprocess.control_text import ControlText
-from megatron_k2.data.preprocess.encoders import Checked, build_encoder
+from megatron_k2.data.preprocess.encoders import build_encoder
+from megatron_k2.data.preprocess.fast_engine import Checked
 from tests.unit.chat.kimi_files import SAMPLE, write_tokenizer
 
 KIMI = "KimiTiktokenTokenizer"

@@ -254,6 +254,15 @@ SIEGES: dict[str, Siege] = {
         ANY,
         SMALL,
     ),
+    "memory in page tables": Siege(
+        "x = mmap.mmap(-1, 1 << 38, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, mmap.PROT_READ)\n"
+        "x.madvise(mmap.MADV_NOHUGEPAGE)\n"
+        "for i in range(0, 1 << 38, 1 << 21): x[i]\n"
+        "time.sleep(9); print('GOT OUT')",
+        ("memory",),
+        SMALL,
+        quick=True,
+    ),
     "deep recursion": Siege("sys.setrecursionlimit(1 << 30)\ndef f(): return f()\nf()", ANY, SMALL),
     # disk
     "disk": Siege(
