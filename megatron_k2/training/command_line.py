@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import multiprocessing
 import os
@@ -45,6 +46,18 @@ def run_as_command(main: Callable[[], Any]) -> int:
             raise
         return _refuse(UsageError(message))
     return 0
+
+
+def document_(parser: argparse.ArgumentParser, text: str | None) -> None:
+    """Let the help of a training script end in its own text, and its usage be short.
+
+    Args:
+        parser: with Megatron's arguments, whose usage alone would be hundreds of lines.
+        text: the script's docstring, with an example.
+    """
+    parser.usage = "%(prog)s --k2-preset NAME [FLAGS]"
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = f"{text}\nK2's own flags begin with --k2-: --help | grep -A 3 -e --k2-"
 
 
 def run_tool(run: Callable[[], Sequence[str] | None]) -> int:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from megatron_k2.inputs import UsageError, check_splits, require_data
 from megatron_k2.training.batch import context_mean, get_batch, needs_data
-from megatron_k2.training.command_line import run_as_command
+from megatron_k2.training.command_line import document_, run_as_command
 from megatron_k2.training.stage_data import (
     add_stage_args,
     check_stage_args,
@@ -298,10 +298,16 @@ def train_with(
     )
 
 
+def add_pretrain_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the flags of a recipe's stage, and this text, to Megatron's parser."""
+    document_(parser, __doc__)
+    return add_stage_args(parser)
+
+
 def main() -> None:
     """Parse the command line, build the model and train."""
     train_with(
-        add_stage_args,
+        add_pretrain_args,
         lambda args: None,
         datasets_provider,
         forward_step,

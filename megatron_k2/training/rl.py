@@ -22,7 +22,7 @@ from megatron_k2.inputs import UsageError
 from megatron_k2.rl.run_file import read_run
 from megatron_k2.rl.run_tables import Run
 from megatron_k2.rl.services import POLICY
-from megatron_k2.training.command_line import run_as_command
+from megatron_k2.training.command_line import document_, run_as_command
 from megatron_k2.training.pretrain import embedding_ranks
 from megatron_k2.training.rl_inputs import Inputs, read_inputs
 
@@ -40,6 +40,7 @@ RL_DEFAULTS: dict[str, Any] = {
 
 def add_rl_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the flags of RL, and its defaults, to Megatron's parser."""
+    document_(parser, __doc__)
     group = parser.add_argument_group("K2 reinforcement learning")
     group.add_argument(
         "--k2-rl-run",

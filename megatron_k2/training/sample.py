@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_k2.inputs import UsageError
-from megatron_k2.training.command_line import run_as_command
+from megatron_k2.training.command_line import document_, run_as_command
 from megatron_k2.training.job import OUTPUT_MARK
 
 
@@ -82,6 +82,7 @@ def continue_tokens(
 
 def add_sample_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the sampler's flags to Megatron's parser."""
+    document_(parser, __doc__)
     group = parser.add_argument_group("K2 sampling")
     group.add_argument("--k2-prompt", default="", help="text to continue")
     group.add_argument("--k2-sample-tokens", type=int, default=64, help="tokens to sample")

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from megatron_k2.inputs import UsageError, check_splits
 from megatron_k2.training.batch import get_batch, needs_data
-from megatron_k2.training.command_line import run_as_command
+from megatron_k2.training.command_line import document_, run_as_command
 from megatron_k2.training.pretrain import (
     LossFunction,
     Report,
@@ -60,6 +60,7 @@ SFT_DEFAULTS: dict[str, Any] = {
 def add_sft_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the flags of fine-tuning, and its defaults, to Megatron's parser."""
     add_stage_args(parser)
+    document_(parser, __doc__)
     group = parser.add_argument_group("K2 fine-tuning")
     group.add_argument(
         "--k2-sft-weighting",

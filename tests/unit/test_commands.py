@@ -128,3 +128,12 @@ def test_a_missing_package_is_one_line(
     said = capsys.readouterr().err
     assert "serve needs a package that is not installed" in said and "uvicorn" in said
     assert "`megatron-k2 doctor`" in said
+
+
+def test_the_help_of_a_training_script_is_short_at_its_ends_and_closes_with_an_example() -> None:
+    from megatron_k2.training import pretrain
+
+    parser = pretrain.add_pretrain_args(argparse.ArgumentParser(prog="megatron-k2 pretrain"))
+    said = parser.format_help()
+    assert said.startswith("usage: megatron-k2 pretrain --k2-preset NAME [FLAGS]\n")
+    assert "--train-iters 20 --lr 1e-3" in said[-300:] and "--k2-" in said[-80:]
