@@ -4,11 +4,11 @@
 
 A k2-micro is fine-tuned on spelling words backward and on verdicts about such words (which of two
 is right; the right words stand before the JSON), then trained by K2's objective on both at once:
-half of each batch is reasoning-gym's spell_backward, half critic_pairs, two pairs in both orders a
-task. Asked for: the share of held-out tasks with all four verdicts right rises, and does not with
-shuffled rewards. No held-out word is in fine-tuning or RL. The pairs are made, not the policy's own
-answers (rl/critic/closed_loop.py makes those). Finished runs are kept, so that a second start
-continues. The last line is JSON.
+half of each batch is reasoning-gym's spell_backward, half critic_pairs, a pair in both orders a
+task (--pairs). Asked for: the share of held-out tasks with all verdicts right rises, and does not
+with shuffled rewards. No held-out word is in fine-tuning or RL. The pairs are made, not the
+policy's own answers (rl/critic/closed_loop.py makes those). Finished runs are kept, so that a
+second start continues. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -27,12 +27,11 @@ from rl_learning import ROOT, RUN_FILE, SYSTEM, TASKS, to_toml
 from single_process import TUNE, train
 
 SPELL = "spell_backward"
-PAIRS = 2
 VOCAB_SIZE, SEQ_LENGTH = 572, 256
 FIXED = (
     "Spell this word backward (example: sun -> nus): ",
     *("system", "user", "assistant", SYSTEM),
-    *(f'{{"verdicts": ["{a}", "{b}", "{c}", "{d}"]}}' for a, b, c, d in ("AABB", "BBAA")),
+    *('{"verdicts": ["A", "B"]}', '{"verdicts": ["B", "A"]}'),
 )
 """What the tokenizer has whole; letters stay tokens of their own."""
 
@@ -64,8 +63,8 @@ def write_data(options: argparse.Namespace) -> None:
         }
         for task in tasks
     ]
-    pairs = made_pairs(PAIRS * options.sft_items, "train", random.Random(0))
-    rows += pair_rows(pairs, correctness("compact"), PAIRS, shows_work=True)
+    pairs = made_pairs(options.pairs * options.sft_items, "train", random.Random(0))
+    rows += pair_rows(pairs, correctness("compact"), options.pairs, shows_work=True)
     write_lines(options.out / "dialogues.jsonl", rows)
     write_lines(options.out / "fixed.jsonl", [{"text": text} for text in FIXED * 200])
     (options.out / "kimi").mkdir(exist_ok=True)
@@ -132,7 +131,7 @@ def play(options: argparse.Namespace, seed: int, is_shuffled: bool) -> list[dict
         {
             "name": "critic_pairs",
             "num_tasks": 4000,
-            "options": {"prompt": "compact", "pairs": PAIRS},
+            "options": {"prompt": "compact", "pairs": options.pairs},
         }
     )
     run_file = options.out / f"{name}.toml"
@@ -161,7 +160,7 @@ def draw(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), layout="constrained")
-    titles = {"critic_pairs": "all four verdicts right", "reasoning": "word spelt backward"}
+    titles = {"critic_pairs": "all verdicts right", "reasoning": "word spelt backward"}
     for axes, (env, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
         for name, lines in results.items():
             steps, means, lows, highs = zip(*held_out(lines, env), strict=True)
@@ -184,6 +183,7 @@ def main() -> int:
     add("--seeds", type=int, default=3)
     add("--steps", type=int, default=75, help="of RL")
     add("--groups", type=int, default=32, help="prompts a step, of both kinds together")
+    add("--pairs", type=int, default=1, help="of a critic's task, each in both orders")
     add("--held-out", type=int, default=128, help="tasks of each environment")
     add("--sft-items", type=int, default=2000, help="of words, and of critic tasks")
     add("--sft-steps", type=int, default=400)
