@@ -2,7 +2,7 @@
 
     name, title             of the life
     [settings]              numbers and words that commands use as ``${name}``
-    [[stages]]              name, title, minutes (about how long: CPU seconds / 120)
+    [[stages]]              name, title, minutes (on two idle cores)
       templates             files of the life's folder, filled in and written to the stage's folder
       owns                  what else ``--from`` removes; a stage's folder it removes anyway
       files                 globs, whose hashes the record keeps
