@@ -1,7 +1,8 @@
 """A 1 M model learns from verifiable reward: held-out tasks before and after, beside a control.
 
     .venv/bin/python tools/evidence/rl_learning.py --out FOLDER --task spell_backward
-    .venv/bin/python tools/evidence/rl_learning.py --out FOLDER --task chain_sum
+    .venv/bin/python tools/evidence/rl_learning.py --out FOLDER --task chain_sum \\
+        --sft-items 4000 --sft-steps 300 --lr 5e-4
     .venv/bin/python tools/evidence/rl_learning.py --out FOLDER --task spell_backward --ablations
 
 A k2-micro is fine-tuned a little on items of reasoning-gym, then trained by
