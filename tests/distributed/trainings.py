@@ -67,7 +67,10 @@ class Training:
 
     def __init__(self, pids: list[int], folder: Path) -> None:
         self.pids, self.folder = pids, folder
-        self._watched = [os.pidfd_open(pid) for pid in pids]
+        self._watched: list[int] = []
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):  # refused and gone already
+                self._watched.append(os.pidfd_open(pid))
 
     def kill(self, sig: int = signal.SIGKILL, ranks: slice = slice(None)) -> None:
         """Send a signal to ranks that still run."""
@@ -91,7 +94,8 @@ class Training:
 
     def ended(self) -> bool:
         """Return whether some rank has ended."""
-        return bool(select.select(self._watched, [], [], 0)[0])
+        is_gone = len(self._watched) < len(self.pids)
+        return is_gone or bool(select.select(self._watched, [], [], 0)[0])
 
     def wait_for(self, text: str, count: int = 1, timeout_s: float = 120.0) -> None:
         """Wait until the output holds a text, or holds it so many times."""
