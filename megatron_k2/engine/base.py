@@ -8,7 +8,7 @@ a version, an integer that a sync raises; each token knows the version that it w
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -56,11 +56,18 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to go on from. ``id`` is unique among the requests under way."""
+    """A prompt to go on from.
+
+    Attributes:
+        id: unique among the requests under way.
+        old_latents: the engine may go on over what older weights have read of the prompt, if it
+            still has it: for an answer that was interrupted.
+    """
 
     id: str
     prompt: tuple[int, ...]
     sampling: Sampling
+    old_latents: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,34 @@ class Piece:
     top: tuple[tuple[tuple[int, float], ...], ...] = ()
     routed_experts: tuple[tuple[tuple[int, ...], ...], ...] = ()
     finish_reason: FinishReason | None = None
+
+    def each(self) -> Iterator[Piece]:
+        """Yield pieces of a token each; the last one has the reason, if there is one."""
+        if len(self.ids) < 2:
+            yield self
+            return
+        last = len(self.ids) - 1
+        for at in range(len(self.ids)):
+            one = slice(at, at + 1)
+            yield Piece(
+                *(self.ids[one], self.log_probs[one], self.versions[one]),
+                *(self.top[one], self.routed_experts[one]),
+                self.finish_reason if at == last else None,
+            )
+
+    @classmethod
+    def joined(cls, pieces: Sequence[Piece]) -> Piece:
+        """Return one piece of several that follow each other."""
+        if len(pieces) == 1:
+            return pieces[0]
+        return cls(
+            tuple(token for one in pieces for token in one.ids),
+            tuple(value for one in pieces for value in one.log_probs),
+            tuple(version for one in pieces for version in one.versions),
+            tuple(top for one in pieces for top in one.top),
+            tuple(experts for one in pieces for experts in one.routed_experts),
+            pieces[-1].finish_reason,
+        )
 
 
 @dataclass

@@ -130,9 +130,10 @@ class LocalCore:
         self._aborted = [one for one in self._aborted if one[0] != request_id]
 
     def clear(self) -> None:
-        """Forget all requests, without a last piece."""
+        """Forget all requests, without a last piece, and every kept page."""
         for sequence in (*self.scheduler.running, *self.scheduler.waiting):
             self.scheduler.remove(sequence)
+        self.scheduler.kept.forget_all()
         self._aborted.clear()
 
     def update_weights(
@@ -155,7 +156,7 @@ class LocalCore:
         change()
         self._weights = bind_weights(self._model, self.limits.max_context)
         self.weight_version = version
-        self.scheduler.prompts.forget_all()
+        self.scheduler.new_weights()
         if under_way == "recompute":
             self.scheduler.recompute_all()
 

@@ -4,8 +4,8 @@ Pages full of a prompt's tokens are shared and counted (cache.py); the page that
 is copied, because the answer goes on in it. A prompt is read up to its last token and that one is a
 decoding row, in whoever read it and in whoever shares it: both compute the same way, so that they
 differ by no more than a decoding row does in another batch.
-Shared are equal prompts of running requests only (PagedAttention, arXiv 2309.06180, section 4.4):
-left out are prefixes of different prompts and the pages of requests that have ended.
+Shared are equal prompts of running requests (PagedAttention, arXiv 2309.06180, section 4.4); pages
+of requests that have ended are kept.py's.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class SharedPrompts:
         self.num_tokens = 0
 
     def begin(self, reader: Reader) -> bool:
-        """Give a reader with nothing cached what another has of its prompt.
+        """Give a reader that has computed nothing what another has of its prompt.
 
         Returns:
             False if it should wait: another is reading the same prompt.

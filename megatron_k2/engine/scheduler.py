@@ -3,10 +3,11 @@
 Every decoding sequence gets its one token, then prompts get chunks, oldest first, until the step's
 token budget is used (chunked prefill, Sarathi: arXiv 2308.16369). A waiting request is admitted
 when the cache has blocks for all of its tokens; of equal prompts one is read and the others wait a
-step for it (prefixes.py). When a decoding sequence needs a block and none is
-free, the youngest sequence is preempted: its blocks are freed and its tokens, generated ones too,
-are computed again later. One sequence alone always fits, so that somebody always advances. All
-decisions follow from the requests' order: no clock, no random number.
+step for it (prefixes.py), and what an ended request left is taken over (kept.py). When a decoding
+sequence needs a block and none is free, the youngest sequence is preempted: its blocks are freed
+and its tokens, generated ones too, are computed again later. One sequence alone always fits, so
+that somebody always advances. All decisions follow from the requests' order: no clock, no random
+number.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from dataclasses import dataclass, field
 
 from megatron_k2.engine.base import EngineFull, Request
 from megatron_k2.engine.batch import Span
-from megatron_k2.engine.cache import LatentCache, blocks_for
+from megatron_k2.engine.cache import BLOCK_TOKENS, LatentCache, blocks_for
+from megatron_k2.engine.kept import KeptPages
 from megatron_k2.engine.prefixes import SharedPrompts
 
 
@@ -31,6 +33,7 @@ class Limits:
         max_running: sequences under way at once.
         step_tokens: rows that a step computes at most; prompts are cut to fit.
         max_waiting: requests that wait; one more is refused with ``EngineFull``.
+        keeps_pages: what a request has read stays in the cache after its end, see kept.py.
     """
 
     max_context: int
@@ -38,6 +41,7 @@ class Limits:
     max_running: int = 64
     step_tokens: int = 512
     max_waiting: int = 256
+    keeps_pages: bool = False
 
     def __post_init__(self) -> None:
         """Check that one sequence fits.
@@ -66,14 +70,18 @@ class Sequence:
     Attributes:
         tokens: prompt and answer so far.
         cached: tokens whose latents are in the cache.
+        given: of these, were there when it was admitted.
         blocks: held in the cache.
+        weights: the first cached token was read by, see ``KeptPages``.
         source: of the request's random numbers.
     """
 
     request: Request
     tokens: list[int]
     cached: int = 0
+    given: int = 0
     blocks: list[int] = field(default_factory=list)
+    weights: int = 0
     source: random.Random = field(default_factory=random.Random)
 
     @property
@@ -99,7 +107,7 @@ class Scheduler:
         self.limits, self.cache = limits, cache
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self.prompts = SharedPrompts(cache)
+        self.prompts, self.kept = SharedPrompts(cache), KeptPages(cache)
         self.preemptions = 0
 
     def __len__(self) -> int:
@@ -122,16 +130,25 @@ class Scheduler:
         return next((one for one in both if one.request.id == request_id), None)
 
     def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence and free its blocks."""
+        """Forget a sequence and leave its blocks."""
         self.prompts.forget(sequence)
+        if self.limits.keeps_pages:
+            done = sequence.tokens[: sequence.cached]
+            self.kept.keep(done, sequence.blocks, sequence.weights)
         self.cache.give_back(sequence.blocks)
         if sequence in self.running:
             self.running.remove(sequence)
         else:
             self.waiting.remove(sequence)
 
+    def new_weights(self) -> None:
+        """Note new weights: what is cached is not what a new request would get."""
+        self.prompts.forget_all()
+        self.kept.new_weights()
+
     def recompute_all(self) -> None:
         """Free every running sequence's blocks; their tokens are computed again, in order."""
+        self.kept.forget_all()
         for sequence in reversed(self.running.copy()):
             self._preempt(sequence)
 
@@ -140,7 +157,7 @@ class Scheduler:
         for sequence in [one for one in self.running if one.is_decoding]:
             self._grow(sequence)
         self._admit()
-        waits = [one for one in self.running if not one.cached and not self.prompts.begin(one)]
+        waits = [one for one in self.running if not self._begins(one)]
         decoding = [one for one in self.running if one.is_decoding]
         decoding.sort(key=lambda one: len(one.tokens))  # stable; lengths alike are padded less
         planned = [(one, Span(one.tokens[-1:], one.cached, one.blocks)) for one in decoding]
@@ -152,6 +169,13 @@ class Scheduler:
                 planned.append((sequence, chunk))
                 budget -= len(chunk.tokens)
         return planned
+
+    def _begins(self, sequence: Sequence) -> bool:
+        """Tell whether a sequence goes on; one whose prompt another is reading waits for it."""
+        is_new = sequence.cached == sequence.given < len(sequence.prompt) - 1
+        if not is_new or sequence.weights != self.kept.weights:
+            return True
+        return self.prompts.begin(sequence)
 
     def _chunk(self, sequence: Sequence, budget: int) -> Span | None:
         """Return the next rows of a prompt, or None where the budget leaves no good ones.
@@ -171,6 +195,7 @@ class Scheduler:
     def _grow(self, sequence: Sequence) -> None:
         """Give a decoding sequence the block of its next token; preempt others, or itself."""
         while sequence in self.running and len(sequence.blocks) < blocks_for(len(sequence.tokens)):
+            self.kept.make_room(1)
             if self.cache.num_free:
                 sequence.blocks += self.cache.take(1)
             else:
@@ -181,7 +206,7 @@ class Scheduler:
         self.running.remove(sequence)
         self.prompts.forget(sequence)
         self.cache.give_back(sequence.blocks)
-        sequence.cached = 0
+        sequence.cached = sequence.given = 0
         self.waiting.appendleft(sequence)
         self.preemptions += 1
 
@@ -189,10 +214,15 @@ class Scheduler:
         """Start waiting requests while there is room for all of their tokens and one more."""
         while self.waiting and len(self.running) < self.limits.max_running:
             sequence = self.waiting[0]
+            blocks, weights = self.kept.find(sequence.tokens, sequence.request.old_latents)
             # One block for each who decodes: who is admitted is not preempted in the next step.
             spare = len(self.running)
-            needed = blocks_for(len(sequence.tokens) + 1)
+            needed = blocks_for(len(sequence.tokens) + 1) - len(blocks)
+            self.kept.make_room(needed + spare)
             if self.running and needed + spare > self.cache.num_free:
+                self.cache.give_back(blocks)
                 return
-            sequence.blocks += self.cache.take(needed)
+            sequence.cached = sequence.given = len(blocks) * BLOCK_TOKENS
+            sequence.weights, sequence.blocks = weights, blocks + self.cache.take(needed)
+            self.kept.num_tokens += sequence.given
             self.running.append(self.waiting.popleft())

@@ -37,6 +37,8 @@ from megatron_k2.rl.sync.live import LiveWeights
 from megatron_k2.rl.sync.local import LocalReceiver
 from megatron_k2.rl.sync.probe import engine_top, trainer_top
 
+TURN = 8  # steps of the engine before an episode looks at its tokens
+
 
 class ColocatedEngine:
     """The engine of this rank's model copy.
@@ -93,7 +95,7 @@ class ColocatedEngine:
         torch.distributed.all_gather_object(firsts, ranks[0])
         self.num_copies, self.copy = len(set(firsts)), sorted(set(firsts)).index(ranks[0])
         if self.is_leader:
-            self._local = LocalEngine(self._core, threads)
+            self._local = LocalEngine(self._core, threads, TURN)
             self.engine = GatedEngine(self._local)
             self._sync: InProcessSync | None = None
             if self._alone and not has_adapters(self._model):
@@ -190,6 +192,6 @@ def _ranked(core: LocalCore) -> RankedCore:
 def engine_limits(context: int, max_running: int, cache_tokens: int) -> Limits:
     """Return the engine's limits of a run; ``cache_tokens`` 0: enough for all that run at once."""
     tokens = cache_tokens or context * max_running
-    limits = Limits(context, max(context, tokens), max_running=max_running)
+    limits = Limits(context, max(context, tokens), max_running=max_running, keeps_pages=True)
     step = max(limits.step_tokens, max_running + 1)
     return dataclasses.replace(limits, step_tokens=step)

@@ -33,6 +33,10 @@ class Rollout:
             for the next; 0: responses are never cut.
         too_old: of an episode with tokens further behind than ``max_lag``: ``restart`` pays for it
             twice, ``drop`` gives up its whole group, ``keep`` trains it as far off-policy as it is.
+        old_latents: what waits goes on over the keys that older weights left in the engine's cache,
+            if they are still there. False: all of it is read again by the new ones, which a long
+            answer pays for in every iteration. With True the engine's log-probabilities are no
+            longer those of the trainer's full forward to 1e-5: ``max_gap_nats`` watches them.
         max_running: requests that the engine decodes at once.
         cache_tokens: of the engine; 0: as many as ``max_running`` contexts.
         threads: of the engine on the CPU.
@@ -49,6 +53,7 @@ class Rollout:
     max_lag: int = 0
     segment_tokens: int = 0
     too_old: TooOld = "restart"
+    old_latents: bool = False
     max_running: int = 64
     cache_tokens: int = 0
     threads: int = 1
@@ -70,6 +75,8 @@ class Rollout:
         one_of("too_old", self.too_old, get_args(TooOld))
         if self.too_old != "restart" and not self.max_lag:
             raise ValueError(f"too_old {self.too_old!r} needs max_lag of 1 or more: nothing waits")
+        if self.old_latents and not self.max_lag:
+            raise ValueError("old_latents true needs max_lag of 1 or more: nothing waits")
         if self.segment_tokens and not self.max_lag:
             raise ValueError(
                 "segment_tokens needs max_lag of 1 or more: an answer that goes on in the next "

@@ -107,7 +107,8 @@ def make_engine(
     width = (args.kv_lora_rank or 0) + (args.qk_pos_emb_head_dim or 0)
     token_bytes = max(1, 4 * args.num_layers * width)
     tokens = max(context, min(context * max_running, CACHE_BYTES // token_bytes))
-    limits = Limits(context, tokens, max_running=max_running, step_tokens=max(512, max_running + 1))
+    step_tokens = max(512, max_running + 1)
+    limits = Limits(context, tokens, max_running, step_tokens, keeps_pages=True)
     core = LocalCore(opened.model, limits, vocab_size=opened.tokenizer.vocab_size)
     return LocalEngine(core, threads)
 

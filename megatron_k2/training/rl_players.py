@@ -97,6 +97,7 @@ def rollout_settings(run: Run, copy: int, num_copies: int) -> RolloutSettings:
         env_timeout_s=rules.env_timeout_s,
         max_lag=rules.max_lag,
         too_old=rules.too_old,
+        old_latents=rules.old_latents,
         max_failed=rules.max_failed,
         repetition=run.repetition.rule,
         copy=copy,

@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from rl_learning import ROOT, RUN_FILE, SYSTEM, TASKS, to_toml
+from rl_learning import ROOT, RUN_FILE, SUBJECTS, SYSTEM, to_toml
 from single_process import TUNE, train
 
 SPELL = "spell_backward"
@@ -48,7 +48,7 @@ def write_data(options: argparse.Namespace) -> None:
     if (options.out / "chat.json").exists():
         return
     env = Reasoning(Services(verifiers=InlineVerifiers()))
-    parameters = {SPELL: TASKS[SPELL]}
+    parameters = {SPELL: SUBJECTS[SPELL].parameters}
     tasks = Reasoning.load(
         "train", options.sft_items, 0, datasets=[SPELL], parameters=parameters, instruction=""
     )

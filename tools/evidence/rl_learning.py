@@ -1,22 +1,24 @@
 """A 1 M model learns from verifiable reward: held-out tasks before and after, beside a control.
 
     .venv/bin/python tools/evidence/rl_learning.py --out FOLDER --task spell_backward
-    .venv/bin/python tools/evidence/rl_learning.py --out FOLDER --task chain_sum \\
-        --sft-items 4000 --sft-steps 300 --lr 5e-4
+    .venv/bin/python tools/evidence/rl_learning.py --out FOLDER --task chain_sum
     .venv/bin/python tools/evidence/rl_learning.py --out FOLDER --task spell_backward --ablations
 
 A k2-micro is fine-tuned a little on items of reasoning-gym, then trained by
 examples/k2_nano/rl.toml (K2's objective, MuonClip), with three seeds of everything; the control is
 the first seed with its rewards moved over each batch. Held-out items are in neither fine-tuning nor
-RL. Asked for: greedy accuracy on them up by 0.12 in the mean and 0.08 in each seed, and not up in
-the control. Ablations are of the first seed, one change each. Nothing is claimed of reasoning, or
-of larger models. Finished runs are kept, so that a second start continues. The last line is JSON.
+RL. Of the sums that fine-tuning shows, 45 % are worked out line by line and of the others the
+result alone is told; RL is told nothing but what is right. Asked for: greedy accuracy on held-out
+items up by 0.12 in the mean and 0.08 in each seed, and not up in the control. Ablations are of the
+first seed, one change each. Nothing is claimed of reasoning, or of larger models. Finished runs are
+kept, so that a second start continues. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import subprocess
 import sys
 import time
@@ -32,15 +34,56 @@ from single_process import TUNE, train
 ROOT = Path(__file__).resolve().parents[2]
 RUN_FILE = ROOT / "examples" / "k2_nano" / "rl.toml"
 SYSTEM = "K2"
-TASKS: dict[str, dict[str, Any]] = {
-    "spell_backward": {"min_word_len": 3, "max_word_len": 5},
-    "chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1},
-}
 LEAST_MEAN, LEAST_EACH = 0.12, 0.08
-VOCAB_SIZE, SEQ_LENGTH = 596, 256
+SEQ_LENGTH = 256
 RL_SEQ_LENGTH = 1024  # of packed rows: a row is a microbatch
 NO_BUDGET = {"rollout.budget": RL_SEQ_LENGTH, "rewards.over_budget_penalty": 0.0}
 """Only the engine's context ends an answer then, and nothing is taken for that."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is learned, and how much of it before RL.
+
+    Attributes:
+        parameters: of reasoning-gym's generator.
+        words: that the tokenizer has whole, beside ``WORDS``; letters and digits are tokens.
+        vocab_size: of the tokenizer.
+        worked: share of the shown answers that are worked out.
+        budget: tokens of an answer.
+        sft_items, sft_steps: of fine-tuning.
+        steps, lr: of RL.
+    """
+
+    parameters: dict[str, int]
+    words: tuple[str, ...] = ()
+    vocab_size: int = 596
+    worked: float = 0.0
+    budget: int = 14
+    sft_items: int = 2000
+    sft_steps: int = 116
+    steps: int = 88
+    lr: str = "8e-4"
+
+
+WORDS = (
+    "Spell this word backward (example: sun -> nus): ",
+    *("system", "user", "assistant", "K2"),
+    "State the final answer to the following arithmetic problem: 3 + 4 =",
+)
+SUBJECTS = {
+    "spell_backward": Subject({"min_word_len": 3, "max_word_len": 5}),
+    "chain_sum": Subject(
+        {"min_terms": 3, "max_terms": 4, "min_digits": 1, "max_digits": 1},
+        words=("<answer>", "</answer>"),
+        vocab_size=600,
+        worked=0.45,
+        budget=48,
+        sft_items=6000,
+        sft_steps=600,
+        steps=44,
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -68,6 +111,18 @@ def arms(options: argparse.Namespace) -> list[Arm]:
     return [*found, Arm("shuffled rewards", 1, {"run.shuffle_rewards": True})]
 
 
+def worked(question: str, gold: str) -> str:
+    """Return the answer to a chain of sums with each step on a line."""
+    first, *rest = question.rpartition(": ")[2].removesuffix(" =").split(" ")
+    total, lines = int(first), []
+    for sign, term in zip(rest[::2], rest[1::2], strict=True):
+        added = total + int(f"{sign}{term}")
+        lines.append(f"{total} {sign} {term} = {added}")
+        total = added
+    assert str(total) == gold, (question, gold)
+    return "\n".join([*lines, f"<answer>{total}</answer>"])
+
+
 def write_data(options: argparse.Namespace) -> None:
     """Write dialogues of gold answers, the tokenizer and packed rows."""
     from megatron_k2.gym.reasoning import Reasoning
@@ -77,29 +132,26 @@ def write_data(options: argparse.Namespace) -> None:
     if (options.out / "chat.json").exists():
         return
     env = Reasoning(Services(verifiers=InlineVerifiers()))
-    load = dict(datasets=[options.task], parameters={options.task: TASKS[options.task]})
+    subject = SUBJECTS[options.task]
+    load = dict(datasets=[options.task], parameters={options.task: subject.parameters})
     tasks = Reasoning.load("train", options.sft_items, 0, instruction="", **load)  # type: ignore[arg-type]
     system = {"role": "system", "content": SYSTEM}
+    source = random.Random(7)
     with (options.out / "dialogues.jsonl").open("w") as file:
         for task in tasks:
-            answer = {"role": "assistant", "content": env.gold(task)[0].text}
+            text = env.gold(task)[0].text
+            if source.random() < subject.worked:
+                text = worked(str(task.messages[0]["content"]), text)
+            answer = {"role": "assistant", "content": text}
             file.write(json.dumps({"messages": [system, *task.messages, answer]}) + "\n")
     # Merges of the question's fixed words alone: letters and digits stay tokens of their own.
-    fixed = [
-        "Spell this word backward (example: sun -> nus): ",
-        "system",
-        "user",
-        "assistant",
-        "K2",
-    ]
-    fixed += ["State the final answer to the following arithmetic problem: 3 + 4 ="]
     with (options.out / "fixed.jsonl").open("w") as file:
-        for text in fixed * 200:
+        for text in (*WORDS, *subject.words) * 200:
             file.write(json.dumps({"text": text}) + "\n")
     (options.out / "kimi").mkdir(exist_ok=True)
     tool = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "train-tokenizer"]
     tool += ["--type", "kimi", "--input", str(options.out / "fixed.jsonl")]
-    tool += ["--vocab-size", str(VOCAB_SIZE)]
+    tool += ["--vocab-size", str(subject.vocab_size)]
     subprocess.run([*tool, "--output", str(options.out / "kimi" / "tiktoken.model")], check=True)
     tool = [sys.executable, str(ROOT / "tools" / "preprocess_sft.py"), "--workers", "1"]
     tool += ["--input", str(options.out / "dialogues.jsonl"), "--seq-length", str(SEQ_LENGTH)]
@@ -109,10 +161,11 @@ def write_data(options: argparse.Namespace) -> None:
 
 def common(options: argparse.Namespace, seed: int) -> list[str]:
     """Return the flags that all runs share."""
+    vocab_size = str(SUBJECTS[options.task].vocab_size)
     return [
         *("--k2-preset", "k2-micro", "--k2-device", "cpu", "--k2-threads", "1"),
         *("--k2-precision", "fp32", "--num-workers", "0", "--use-distributed-optimizer"),
-        *("--tokenizer-model", str(options.out / "kimi"), "--vocab-size", str(VOCAB_SIZE)),
+        *("--tokenizer-model", str(options.out / "kimi"), "--vocab-size", vocab_size),
         *("--seq-length", str(SEQ_LENGTH), "--seed", str(seed), "--optimizer", "muonclip"),
     ]
 
@@ -143,8 +196,9 @@ def play(options: argparse.Namespace, arm: Arm) -> list[dict[str, Any]]:
     tables["rollout"]["temperature"]["steps"] = options.steps
     tables["environments"][0]["options"] |= {
         "datasets": [options.task],
-        "parameters": {options.task: TASKS[options.task]},
+        "parameters": {options.task: SUBJECTS[options.task].parameters},
     }
+    tables["rollout"]["budget"] = SUBJECTS[options.task].budget
     for place, value in arm.changes.items():
         table, _, key = place.partition(".")
         tables.setdefault(table, {})[key] = value
@@ -230,13 +284,13 @@ def parser() -> argparse.ArgumentParser:
     )
     add = found.add_argument
     add("--out", type=Path, required=True)
-    add("--task", choices=TASKS, default="spell_backward")
+    add("--task", choices=SUBJECTS, default="spell_backward")
     add("--ablations", action="store_true", help="of the first seed, instead of seeds and control")
     add("--seeds", type=int, default=3)
-    add("--steps", type=int, default=88, help="of RL")
-    add("--sft-items", type=int, default=2000)
-    add("--sft-steps", type=int, default=116)
-    add("--lr", default="8e-4", help="of RL, MuonClip; falls to 0")
+    add("--steps", type=int, help="of RL; default: the task's")
+    add("--sft-items", type=int, help="default: the task's")
+    add("--sft-steps", type=int, help="default: the task's")
+    add("--lr", help="of RL, MuonClip; falls to 0; default: the task's")
     add("--adam-lr", default="1e-4", help="of RL, AdamW: 0.2 of MuonClip's is the same RMS")
     add("--workers", type=int, default=2, help="runs at once, a thread each")
     return found
@@ -245,6 +299,9 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Run everything and print a table, and a line of JSON."""
     options = parser().parse_args()
+    for name in ("steps", "sft_items", "sft_steps", "lr"):
+        if getattr(options, name) is None:
+            setattr(options, name, getattr(SUBJECTS[options.task], name))
     options.out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     write_data(options)
@@ -257,10 +314,14 @@ def main() -> int:
     found = gains(results)
     kind = "ablations" if options.ablations else "learning"
     draw(results, options.out / f"{kind}.png", f"{options.task}, {options.steps} steps")
-    print(f"{'run':24s} {'before':>8s} {'after':>8s} {'gain':>8s}")
+    print(f"{'run':24s} {'before':>8s} {'after':>8s} {'gain':>8s}   tokens a sampled answer")
     for name, lines in results.items():
         points = held_out(lines)
-        print(f"{name:24s} {points[0][1]:8.3f} {points[-1][1]:8.3f} {found[name]:+8.3f}")
+        said = [line["length"] for line in lines if line["kind"] == "train"]
+        print(
+            f"{name:24s} {points[0][1]:8.3f} {points[-1][1]:8.3f} {found[name]:+8.3f}   "
+            f"{said[0]:.1f} -> {said[-1]:.1f}"
+        )
     report: dict[str, Any] = {"task": options.task, "gains": found, "steps": options.steps}
     report["wall_s"] = round(time.monotonic() - began)
     if not options.ablations:

@@ -228,7 +228,8 @@ class Play:
                     seed=seed_of(self.episode.seed, len(ledger.ids)),
                     stop_ids=self._format.stop_ids,
                 )
-                request = Request(self._request, tuple(ledger.ids), sampling)
+                may_be_old = self._settings.old_latents and self._said > 0
+                request = Request(self._request, tuple(ledger.ids), sampling, may_be_old)
                 found, loops = await ask(
                     self._engine, request, self._slots, lambda: self._watch(begin),
                     self._settings, self._meter,

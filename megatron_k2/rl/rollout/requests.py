@@ -97,9 +97,13 @@ async def _read(
                     f"request {request.id}: tokens of weights {sorted(set(piece.versions))} in a "
                     f"batch for weights {wanted}"
                 )
-            completion.add(piece)
-            if watch is not None and watch.feed(piece.ids):
-                return completion, True
+            if watch is None:
+                completion.add(piece)
+                continue
+            for one in piece.each():  # the answer ends with the token that completes a loop
+                completion.add(one)
+                if watch.feed(one.ids):
+                    return completion, True
     if completion.finish_reason is None or (completion.finish_reason == "abort" and slots.is_open):
         raise RuntimeError("the engine ended the answer early")
     return completion, False

@@ -36,6 +36,7 @@ class RolloutSettings:
         max_lag: versions that the oldest token of a trained episode may be behind.
         too_old: what becomes of an episode that is older: ``restart`` it, ``drop`` its group, or
             ``keep`` it for a trainer that masks old tokens.
+        old_latents: see ``Request``: of an episode that has said something.
         max_restarts: of an episode; after so many its group is dropped.
         max_failed: share of a batch's episodes that may be unjudged; more stops the run.
         repetition: what ends an answer as a loop; None: nothing.
@@ -58,6 +59,7 @@ class RolloutSettings:
     full_patience_s: float = 600.0
     max_lag: int = 0
     too_old: TooOld = "restart"
+    old_latents: bool = False
     max_restarts: int = 3
     max_failed: float = 0.5
     repetition: Repetition | None = field(default_factory=Repetition)

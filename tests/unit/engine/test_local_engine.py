@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_k2.engine.base import EngineFull, Piece, Sampling, generate
+from megatron_k2.engine.base import EngineFull, Piece, Request, Sampling, generate
 from megatron_k2.engine.core import LocalCore
 from megatron_k2.engine.local import LocalEngine
 from megatron_k2.engine.sampling import choose_tokens
@@ -25,12 +26,14 @@ def model(single_process: None) -> Any:
     return build()
 
 
-def with_engine(model: Any, use: Callable[[LocalEngine, LocalCore], Awaitable[None]], **more: Any):  # type: ignore[no-untyped-def]
+def with_engine(  # type: ignore[no-untyped-def]
+    model: Any, use: Callable[[LocalEngine, LocalCore], Awaitable[None]], turn: int = 1, **more: Any
+):
     """Run ``use`` on a fresh engine and close it."""
 
     async def body() -> None:
         core = LocalCore(model, replace(LIMITS, **more))
-        engine = LocalEngine(core, num_threads=1)
+        engine = LocalEngine(core, num_threads=1, turn=turn)
         try:
             await asyncio.wait_for(use(engine, core), 60)
         finally:
@@ -65,6 +68,46 @@ def test_streams_are_the_cores_answers_and_departures_free_their_blocks(model: A
         assert core.cache.num_free == core.cache.num_blocks
 
     with_engine(model, use)
+
+
+def test_a_turn_of_many_steps_says_the_same_in_fewer_pieces(model: Any) -> None:
+    asked = [request_of(f"s{n}", n + 2, max_tokens=20 + n) for n in range(6)]
+    expected = run(LocalCore(model, LIMITS), asked)
+
+    async def use(engine: LocalEngine, core: LocalCore) -> None:
+        async def read(request: Request) -> list[Piece]:
+            return [piece async for piece in engine.stream(request)]
+
+        for request, pieces in zip(asked, await asyncio.gather(*map(read, asked)), strict=True):
+            answer = expected[request.id]
+            singles = [one for piece in pieces for one in piece.each()]
+            assert [one.ids for one in singles] == [(token,) for token in answer.ids]
+            assert Piece.joined(singles) == Piece.joined(pieces)
+            assert Piece.joined(pieces).log_probs == pytest.approx(answer.log_probs, abs=1e-6)
+            assert len(pieces) <= len(answer.ids) / 2
+            assert [one.finish_reason for one in singles[:-1]] == [None] * (len(singles) - 1)
+            assert pieces[-1].finish_reason == "length"
+
+    with_engine(model, use, turn=8)
+
+
+def test_a_command_ends_a_turn_with_its_step(model: Any) -> None:
+    async def use(engine: LocalEngine, core: LocalCore) -> None:
+        began = core.step
+        steps: list[int] = []
+        core.step = lambda: (steps.append(1), time.sleep(0.01), began())[-1]  # type: ignore[method-assign, func-returns-value]
+        answer = asyncio.create_task(generate(engine, request_of("a", 5, max_tokens=90)))
+        while len(steps) < 3:
+            await asyncio.sleep(0.001)
+        await engine.pause()
+        paused = len(steps)
+        assert paused < 45  # of the 90 that the turn would have had
+        await engine.update_weights(7, lambda: None)
+        assert len(steps) == paused
+        await engine.resume()
+        assert set((await answer).versions) == {0, 7}
+
+    with_engine(model, use, turn=1000)
 
 
 def test_a_cancelled_reader_and_an_abort_end_their_requests(model: Any) -> None:

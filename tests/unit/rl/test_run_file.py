@@ -48,6 +48,7 @@ def test_the_smallest_file_gives_a_whole_run(tmp_path: Path) -> None:
         ("[rollout]\nmax_failed = 1.5\n", "max_failed"),
         ('[rollout]\ntoo_old = "mask"\nmax_lag = 1\n', "restart, drop, keep"),
         ('[rollout]\ntoo_old = "drop"\n', "max_lag"),
+        ("[rollout]\nold_latents = true\n", "max_lag"),
         ("[repetition]\nmin_repeats = 1\n", "min_repeats"),
         ("[probing]\ntasks = 4\n", "'instructions'"),
         ('[critic]\naccuracy_pairs = "p.jsonl"\n', "accuracy_every"),

@@ -113,6 +113,7 @@ def test_every_key_reaches_the_rollouts() -> None:
     max_failed = 0.2
     max_lag = 2
     too_old = "drop"
+    old_latents = true
     [repetition]
     max_period = 5
     min_tokens = 20
@@ -122,6 +123,7 @@ def test_every_key_reaches_the_rollouts() -> None:
     assert (found.budgets, found.max_budget) == ({"mathematics": 99}, 500)
     assert (found.max_turns, found.env_timeout_s, found.max_failed) == (3, 7.0, 0.2)
     assert (found.max_lag, found.too_old, found.copy) == (2, "drop", 1)
+    assert found.old_latents
     assert found.repetition == Repetition(5, 20, 4)
 
 
