@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
@@ -24,6 +25,7 @@ from megatron_k2.agentic.real.reports import Reports
 
 _CLOSE_S = 5.0
 MAX_WORDS = 500  # of an error of a server
+_ID = re.compile(rb'"id"\s*:\s*"?(\d{1,18})"?\s*[,}]')
 Transport = Callable[[], contextlib.AbstractAsyncContextManager[tuple[Any, Any]]]
 
 
@@ -34,6 +36,18 @@ class ServerFailedError(Exception):
         """Keep both."""
         super().__init__(f"{reason}: {words[:MAX_WORDS]}" if words else reason)
         self.reason, self.words = reason, words[:MAX_WORDS]
+
+
+class Unreadable(ValueError):
+    """A line that is no message: a surrogate alone, a number without end, or no JSON at all.
+
+    ``answers`` is what it says that it answers, "" where it does not say.
+    """
+
+    def __init__(self, words: str, answers: str = "") -> None:
+        """Keep both."""
+        super().__init__(words)
+        self.answers = answers
 
 
 class Connection:
@@ -54,7 +68,7 @@ class Connection:
         self.info: types.InitializeResult | None = None
         self._transport = transport
         self._client: ClientSession | None = None
-        self._asked: set[str] = set()
+        self._asked: dict[str, Any] = {}  # ids without an answer, as the client wrote them
         self._ready, self._closing = asyncio.Event(), asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -158,30 +172,34 @@ class Connection:
         with contextlib.suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
             async with to_client:
                 async for item in inbound:
-                    if self._is_message(item):
-                        await to_client.send(item)
+                    if (message := self._seen(item)) is not None:
+                        await to_client.send(message)
 
     async def _carry_out(self, from_client: Any, outbound: Any) -> None:
         with contextlib.suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
             async for item in from_client:
                 if isinstance(item.message, types.JSONRPCRequest):
-                    self._asked.add(str(item.message.id))
+                    self._asked[str(item.message.id)] = item.message.id
                 await outbound.send(item)
 
-    def _is_message(self, item: SessionMessage | Exception) -> bool:
-        """Return whether the client may see it; count what comes unasked."""
+    def _seen(self, item: SessionMessage | Exception) -> SessionMessage | None:
+        """Return what the client may see of it; count what is no message or comes unasked."""
         if isinstance(item, Exception):
             self.reports.add(self.name, "no_json")
-            return False
+            asked = self._asked.pop(getattr(item, "answers", ""), None)
+            if asked is None:
+                return None
+            said = types.ErrorData(code=types.PARSE_ERROR, message=f"no readable answer: {item}")
+            return SessionMessage(types.JSONRPCError(jsonrpc="2.0", id=asked, error=said))
         message = item.message
         if isinstance(message, types.JSONRPCRequest):
             self.reports.asked(self.name, message.method)
         elif isinstance(message, types.JSONRPCResponse | types.JSONRPCError):
             if str(message.id) not in self._asked:
                 self.reports.add(self.name, "wrong_id")
-                return False
-            self._asked.discard(str(message.id))
-        return True
+                return None
+            del self._asked[str(message.id)]
+        return item
 
 
 @contextlib.asynccontextmanager
@@ -227,4 +245,6 @@ def _message(text: bytes) -> SessionMessage | Exception:
     try:
         return SessionMessage(types.jsonrpc_message_adapter.validate_json(text, by_name=False))
     except (ValueError, RecursionError) as error:
-        return error
+        is_answer = b'"jsonrpc"' in text and b'"method"' not in text
+        named = _ID.search(text) if is_answer else None
+        return Unreadable(str(error)[:MAX_WORDS], named[1].decode() if named else "")

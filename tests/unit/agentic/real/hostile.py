@@ -104,6 +104,10 @@ def called(id_: Any) -> None:
     if WAY == "no_json":
         for line in ('{"jsonrpc": "2.0", "id"', "[" * 5000, "not json", '{"jsonrpc":"1.0"}'):
             put(line)
+    if WAY in ("surrogate", "endless_number"):
+        said = {"surrogate": '"\\ud83d"', "endless_number": "9" * 6000}[WAY]
+        put(f'{{"jsonrpc": "2.0", "id": {id_}, "result": {{"content": [], "_meta": {{"x": {said}}}}}}}')
+        return
     if WAY == "binary":
         sys.stdout.buffer.write(bytes(range(256)) * 40 + b"\n\xff\xfe\x00\n")
         sys.stdout.buffer.flush()
