@@ -105,8 +105,9 @@ def called(id_: Any) -> None:
         for line in ('{"jsonrpc": "2.0", "id"', "[" * 5000, "not json", '{"jsonrpc":"1.0"}'):
             put(line)
     if WAY in ("surrogate", "endless_number"):
-        said = {"surrogate": '"\\ud83d"', "endless_number": "9" * 6000}[WAY]
-        put(f'{{"jsonrpc": "2.0", "id": {id_}, "result": {{"content": [], "_meta": {{"x": {said}}}}}}}')
+        said = {"surrogate": r'"\ud83d"', "endless_number": "9" * 6000}[WAY]
+        result = f'{{"content": [], "_meta": {{"x": {said}}}}}'
+        put(f'{{"jsonrpc": "2.0", "id": {id_}, "result": {result}}}')
         return
     if WAY == "binary":
         sys.stdout.buffer.write(bytes(range(256)) * 40 + b"\n\xff\xfe\x00\n")
