@@ -1,10 +1,10 @@
 """The ``local`` backend: the Megatron model of this process behind the Engine protocol.
 
 ``LocalEngine`` runs the core's steps in one thread of its own, one after the other while there is
-work, and hands the pieces to each request's iterator; the event loop stays free. Commands (new
-requests, aborts, new weights, pause) take effect between two steps. Requests whose iterator is
-closed are aborted, so that a client that goes away leaves nothing behind. Several steps may make a
-turn of the thread: waking a reader for each token costs a small model as much as the token does.
+work, and hands the pieces to each request's iterator; the event loop stays free. Several steps may
+make a turn of the thread: waking a reader for each token costs a small model as much as the token
+does. Commands (new requests, aborts, new weights, pause) take effect between two turns. Requests
+whose iterator is closed are aborted, so that a client that goes away leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
 from typing import Any
 
 import torch
@@ -30,8 +29,8 @@ class LocalEngine:
     Args:
         core: the synchronous engine; nobody else may step it.
         num_threads: torch threads of the engine's thread; None keeps torch's setting.
-        turn: steps at most before readers get their pieces, joined. A turn ends early for a
-            command, and when an eighth of its answers have ended.
+        turn: steps at most before readers get their pieces, joined, and commands take effect. It
+            ends early where an eighth of its answers have ended; never by the clock.
     """
 
     def __init__(self, core: LocalCore, num_threads: int | None = None, turn: int = 1) -> None:
@@ -40,7 +39,6 @@ class LocalEngine:
         self._left: list[str] = []  # ended by their readers while a step may run
         self._stepper: asyncio.Task[None] | None = None
         self._free = asyncio.Lock()  # held while a turn or a change of weights runs
-        self._commands = 0  # that wait for the lock or hold it
         self._resumed = asyncio.Event()
         self._resumed.set()
         self._closed = False
@@ -71,7 +69,7 @@ class LocalEngine:
         if self._closed:
             raise RuntimeError("the engine is closed")
         answer: Answer = asyncio.Queue()
-        async with self._between_steps():
+        async with self._free:
             self._let_go()
             self._core.add(request)
             self._answers[request.id] = answer
@@ -90,7 +88,7 @@ class LocalEngine:
     async def abort(self, request_id: str) -> None:
         """End a request; see ``Engine.abort``."""
         if request_id in self._answers:
-            async with self._between_steps():
+            async with self._free:
                 self._core.abort(request_id)
             self._wake()
 
@@ -98,18 +96,18 @@ class LocalEngine:
         self, version: int, change: Callable[[], None], under_way: UnderWay = "keep"
     ) -> None:
         """Run ``change`` between two steps, in the engine's thread; see ``LocalCore``."""
-        async with self._between_steps():
+        async with self._free:
             await self._run(self._core.update_weights, version, change, under_way)
 
     async def between_steps(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run a function of the core in the engine's thread while no step runs."""
-        async with self._between_steps():
+        async with self._free:
             return await self._run(function, *args)
 
     async def pause(self) -> None:
         """Return when no step runs; none starts before ``resume``."""
         self._resumed.clear()
-        async with self._between_steps():
+        async with self._free:
             pass
 
     async def resume(self) -> None:
@@ -125,21 +123,11 @@ class LocalEngine:
         if self._stepper is not None:
             self._stepper.cancel()
             await asyncio.gather(self._stepper, return_exceptions=True)
-        async with self._between_steps():
+        async with self._free:
             self._core.close()
         for answer in self._answers.values():
             answer.put_nowait(Piece((), (), (), finish_reason="abort"))
         self._thread.shutdown()
-
-    @asynccontextmanager
-    async def _between_steps(self) -> AsyncIterator[None]:
-        """Hold the core while no step runs; a turn under way ends with its step."""
-        self._commands += 1
-        try:
-            async with self._free:
-                yield
-        finally:
-            self._commands -= 1
 
     def _take_turn(self) -> list[tuple[str, Piece]]:
         """Run steps in the engine's thread; return what each request got of them."""
@@ -149,9 +137,7 @@ class LocalEngine:
             for request_id, piece in self._core.step():
                 found.setdefault(request_id, []).append(piece)
                 ended += piece.finish_reason is not None
-            if self._commands or self._left or not self._core.has_work:
-                break
-            if ENDED_SHARE * ended > len(found):
+            if ENDED_SHARE * ended > len(found) or not self._core.has_work:
                 break
         return [(request_id, Piece.joined(pieces)) for request_id, pieces in found.items()]
 

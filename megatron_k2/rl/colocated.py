@@ -30,6 +30,7 @@ from megatron_k2.engine.core import LocalCore
 from megatron_k2.engine.local import LocalEngine
 from megatron_k2.engine.ranks import RankedCore, engine_group
 from megatron_k2.engine.scheduler import Limits
+from megatron_k2.rl.run_play import Rollout
 from megatron_k2.rl.sync.fingerprint import TOLERANCE_NATS, Fingerprint, SyncRefused, differences
 from megatron_k2.rl.sync.gate import GatedEngine
 from megatron_k2.rl.sync.in_process import InProcessSync
@@ -189,9 +190,10 @@ def _ranked(core: LocalCore) -> RankedCore:
     return core
 
 
-def engine_limits(context: int, max_running: int, cache_tokens: int) -> Limits:
+def engine_limits(context: int, rules: Rollout) -> Limits:
     """Return the engine's limits of a run; ``cache_tokens`` 0: enough for all that run at once."""
-    tokens = cache_tokens or context * max_running
-    limits = Limits(context, max(context, tokens), max_running=max_running, keeps_pages=True)
-    step = max(limits.step_tokens, max_running + 1)
+    tokens = rules.cache_tokens or context * rules.max_running
+    keeps = rules.keeps_pages or rules.old_latents
+    limits = Limits(context, max(context, tokens), rules.max_running, keeps_pages=keeps)
+    step = max(limits.step_tokens, rules.max_running + 1)
     return dataclasses.replace(limits, step_tokens=step)

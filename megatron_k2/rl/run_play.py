@@ -33,10 +33,14 @@ class Rollout:
             for the next; 0: responses are never cut.
         too_old: of an episode with tokens further behind than ``max_lag``: ``restart`` pays for it
             twice, ``drop`` gives up its whole group, ``keep`` trains it as far off-policy as it is.
+        keeps_pages: what an answer has read stays in the engine's cache until its room is wanted:
+            the next turn of a dialogue reads only what is new. Products of other shapes may round
+            differently: a run that was killed is its uninterrupted self but for last bits then.
         old_latents: what waits goes on over the keys that older weights left in the engine's cache,
             if they are still there. False: all of it is read again by the new ones, which a long
             answer pays for in every iteration. With True the engine's log-probabilities are no
-            longer those of the trainer's full forward to 1e-5: ``max_gap_nats`` watches them.
+            longer those of the trainer's full forward to 1e-5: ``max_gap_nats`` watches them. Has
+            ``keeps_pages`` with it.
         max_running: requests that the engine decodes at once.
         cache_tokens: of the engine; 0: as many as ``max_running`` contexts.
         threads: of the engine on the CPU.
@@ -53,6 +57,7 @@ class Rollout:
     max_lag: int = 0
     segment_tokens: int = 0
     too_old: TooOld = "restart"
+    keeps_pages: bool = False
     old_latents: bool = False
     max_running: int = 64
     cache_tokens: int = 0

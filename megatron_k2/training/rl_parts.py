@@ -61,7 +61,7 @@ def make_trainer(
     engine = ColocatedEngine(
         chunks,
         shape_from_config(config_from_arguments(vars(args), vocab_size)),
-        engine_limits(args.seq_length, run.rollout.max_running, run.rollout.cache_tokens),
+        engine_limits(args.seq_length, run.rollout),
         vocab_size,
         groups,
         version=first,
