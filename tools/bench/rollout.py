@@ -263,7 +263,7 @@ def main() -> None:
     parser.add_argument("--preset", default="k2-micro")
     parser.add_argument("--groups", type=int, default=8, help="a batch")
     parser.add_argument("--samples", type=int, default=4, help="answers a group")
-    parser.add_argument("--batches", type=int, default=10)
+    parser.add_argument("--batches", type=int, default=20)
     parser.add_argument("--slots", type=int, default=32, help="sequences that the engine decodes")
     parser.add_argument("--median", type=float, default=40.0, help="tokens of an answer")
     parser.add_argument("--sigma", type=float, default=1.0, help="of the logarithm of lengths")

@@ -63,7 +63,8 @@ def write_data(options: argparse.Namespace) -> None:
         }
         for task in tasks
     ]
-    pairs = made_pairs(options.pairs * options.sft_items, "train", random.Random(0))
+    count = options.pairs * options.sft_items
+    pairs = made_pairs(count, "train", random.Random(0), mistakes=options.mistakes)
     rows += pair_rows(pairs, correctness("compact"), options.pairs, shows_work=True)
     write_lines(options.out / "dialogues.jsonl", rows)
     write_lines(options.out / "fixed.jsonl", [{"text": text} for text in FIXED * 200])
@@ -131,7 +132,11 @@ def play(options: argparse.Namespace, seed: int, is_shuffled: bool) -> list[dict
         {
             "name": "critic_pairs",
             "num_tasks": 4000,
-            "options": {"prompt": "compact", "pairs": options.pairs},
+            "options": {
+                "prompt": "compact",
+                "pairs": options.pairs,
+                "mistakes": options.mistakes,
+            },
         }
     )
     run_file = options.out / f"{name}.toml"
@@ -184,6 +189,7 @@ def main() -> int:
     add("--steps", type=int, default=75, help="of RL")
     add("--groups", type=int, default=32, help="prompts a step, of both kinds together")
     add("--pairs", type=int, default=1, help="of a critic's task, each in both orders")
+    add("--mistakes", choices=("one", "all"), default="all", help="letters of wrong answers")
     add("--held-out", type=int, default=128, help="tasks of each environment")
     add("--sft-items", type=int, default=2000, help="of words, and of critic tasks")
     add("--sft-steps", type=int, default=400)

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, cast, get_args
 
 from megatron_k2.gym.base import Answer, SingleTurn, Task, Verdict, judged
 from megatron_k2.gym.splits import check_split
 from megatron_k2.rl.critic.brief import correctness
 from megatron_k2.rl.critic.pair_tasks import ENVIRONMENT, PAIRS_PER_TASK, gold_answer, make_task
 from megatron_k2.rl.critic.rubrics import Rubric
-from megatron_k2.rl.critic.spelled import QUESTION, made_pairs
+from megatron_k2.rl.critic.spelled import QUESTION, Mistakes, made_pairs
 from megatron_k2.rl.critic.verdicts import read_verdicts
 
 NUM_TASKS = {"train": 512, "test": 128}
@@ -39,6 +39,7 @@ class CriticPairsEnvironment(SingleTurn):
         prompt: str = "pairwise",
         pairs: int = PAIRS_PER_TASK,
         question: str = QUESTION,
+        mistakes: str = "one",
     ) -> Sequence[Task]:
         """Return tasks over made pairs; no word is in both splits.
 
@@ -49,20 +50,27 @@ class CriticPairsEnvironment(SingleTurn):
             prompt: ``pairwise``, ``compact``, or a TOML file.
             pairs: of a task.
             question: with {word}, once; a short one for models of a short context.
+            mistakes: ``one`` in a wrong answer, or ``all`` of its letters, a first lesson.
 
         Raises:
-            ValueError: another split, a prompt that is not there, no pairs or no word.
+            ValueError: another split, a prompt that is not there, no pairs, no word, or other
+                mistakes.
         """
         check_split(split)
         if pairs < 1:
             raise ValueError(f"pairs {pairs} must be 1 or more")
+        if mistakes not in get_args(Mistakes):
+            raise ValueError(f"mistakes {mistakes!r} is none of {', '.join(get_args(Mistakes))}")
         if "{word}" not in question:
             raise ValueError(f"question {question!r} has no {{word}}")
         brief = correctness(prompt)
         roll = random.Random(f"critic_pairs {split} {seed}")
         wanted = NUM_TASKS[split] if num_tasks is None else num_tasks
+        kind = cast(Mistakes, mistakes)
         return [
-            make_task(made_pairs(pairs, split, roll, question), brief, f"{split} {seed} {number}")
+            make_task(
+                made_pairs(pairs, split, roll, question, kind), brief, f"{split} {seed} {number}"
+            )
             for number in range(wanted)
         ]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from megatron_k2.gym.base import Task
 from megatron_k2.gym.splits import split_of
@@ -19,11 +20,16 @@ from megatron_k2.rl.critic.pair_tasks import Pair
 QUESTION = "Spell this word backward (example: sun -> nus): {word}"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 LENGTHS = (3, 4, 5)
+Mistakes = Literal["one", "all"]
 _TAGGED = re.compile(r"(?s)(.*<answer>)(.*?)(</answer>.*)")
 
 
-def spelled_pair(word: str, roll: random.Random, question: str = QUESTION) -> Pair:
-    """Return a pair for a word: its letters backward, and the same with one mistake.
+def spelled_pair(
+    word: str, roll: random.Random, question: str = QUESTION, mistakes: Mistakes = "one"
+) -> Pair:
+    """Return a pair for a word: its letters backward, and the same with ``one`` mistake.
+
+    With ``all`` every letter is another one: told apart by any of them, a first lesson.
 
     Raises:
         ValueError: a word of one letter or less.
@@ -31,17 +37,27 @@ def spelled_pair(word: str, roll: random.Random, question: str = QUESTION) -> Pa
     if len(word) < 2:
         raise ValueError(f"{word!r}: a word of two letters or more is needed")
     right = word[::-1]
-    return Pair(question.replace("{word}", word), right, _mistaken(right, roll), "spelled")
+    if mistakes == "all":
+        wrong = "".join(roll.choice(LETTERS.replace(letter, "")) for letter in right)
+    else:
+        wrong = _mistaken(right, roll)
+    return Pair(question.replace("{word}", word), right, wrong, "spelled")
 
 
-def made_pairs(count: int, split: str, roll: random.Random, question: str = QUESTION) -> list[Pair]:
+def made_pairs(
+    count: int,
+    split: str,
+    roll: random.Random,
+    question: str = QUESTION,
+    mistakes: Mistakes = "one",
+) -> list[Pair]:
     """Return pairs for so many different drawn words of a split."""
     words: dict[str, None] = {}
     while len(words) < count:
         word = "".join(roll.choices(LETTERS, k=roll.choice(LENGTHS)))
         if split_of(QUESTION.format(word=word)) == split:
             words[word] = None
-    return [spelled_pair(word, roll, question) for word in words]
+    return [spelled_pair(word, roll, question, mistakes) for word in words]
 
 
 def pairs_of_tasks(tasks: Sequence[Task], gold: Callable[[Task], str], seed: int = 0) -> list[Pair]:

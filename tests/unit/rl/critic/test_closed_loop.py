@@ -77,6 +77,15 @@ def test_tasks_are_the_same_whenever_loaded_and_splits_share_no_word() -> None:
     assert sorted(task.metadata["expected"]) == ["A", "A", "B", "B"]
 
 
+def test_first_lessons_have_a_mistake_in_every_letter() -> None:
+    for pair in made_pairs(50, "train", random.Random(1), mistakes="all"):
+        assert all(one != other for one, other in zip(pair.right, pair.wrong, strict=True))
+    words = KIND.load("test", 4, pairs=1, mistakes="all")
+    assert words != KIND.load("test", 4, pairs=1)
+    with pytest.raises(ValueError, match="'many' is none of one, all"):
+        KIND.load("test", 1, mistakes="many")
+
+
 def test_the_critic_of_a_tournament_reads_the_same_words() -> None:
     task = KIND.load("test", 1)[0]
     user = task.messages[-1]["content"]
