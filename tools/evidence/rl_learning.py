@@ -81,7 +81,7 @@ SUBJECTS = {
         budget=48,
         sft_items=6000,
         sft_steps=600,
-        steps=44,
+        steps=33,
     ),
 }
 
@@ -107,8 +107,9 @@ def arms(options: argparse.Namespace) -> list[Arm]:
             Arm("no budget", 1, NO_BUDGET),
             Arm("AdamW", 1, {}, ("--optimizer", "adam", "--lr", options.adam_lr)),
         ]
-    found = [Arm("seed", seed) for seed in range(1, options.seeds + 1)]
-    return [*found, Arm("shuffled rewards", 1, {"run.shuffle_rewards": True})]
+    first = options.first_seed
+    found = [Arm("seed", seed) for seed in range(first, first + options.seeds)]
+    return [*found, Arm("shuffled rewards", first, {"run.shuffle_rewards": True})]
 
 
 def worked(question: str, gold: str) -> str:
@@ -287,6 +288,7 @@ def parser() -> argparse.ArgumentParser:
     add("--task", choices=SUBJECTS, default="spell_backward")
     add("--ablations", action="store_true", help="of the first seed, instead of seeds and control")
     add("--seeds", type=int, default=3)
+    add("--first-seed", type=int, default=1)
     add("--steps", type=int, help="of RL; default: the task's")
     add("--sft-items", type=int, help="default: the task's")
     add("--sft-steps", type=int, help="default: the task's")
@@ -307,8 +309,13 @@ def main() -> int:
     write_data(options)
     wanted = arms(options)
     with ThreadPoolExecutor(options.workers) as pool:
-        list(pool.map(lambda seed: base(options, seed), sorted({arm.seed for arm in wanted})))
-        played = list(pool.map(lambda arm: play(options, arm), wanted))
+        bases = {arm.seed: pool.submit(base, options, arm.seed) for arm in wanted}
+
+        def run(arm: Arm) -> list[dict[str, Any]]:
+            bases[arm.seed].result()  # begun before: nobody waits for what waits for him
+            return play(options, arm)
+
+        played = list(pool.map(run, wanted))
     names = [f"{arm.name} {arm.seed}" if arm.name == "seed" else arm.name for arm in wanted]
     results = dict(zip(names, played, strict=True))
     found = gains(results)
