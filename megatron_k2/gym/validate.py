@@ -12,13 +12,14 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from megatron_k2.gym.base import Answer, Environment, Task, Verdict
+from megatron_k2.gym.base import Answer, Environment, Task, Verdict, unjudged
 from megatron_k2.gym.services import Services
 
 KINDS = ("gold", "empty", "other", "words", "digits")
 MAX_MEAN = {"empty": 0.02, "other": 0.05, "words": 0.05, "digits": 0.05}
 """Of a wrong kind's mean score. Chance is not zero where answers are small numbers."""
 MAX_UNJUDGED = 0.01  # of wrong answers: some make a checker give up
+EPISODE_S = 600.0  # repositories' tests are the longest; what takes longer hangs
 _MAX_TURNS = 16  # of wrong answers; an environment may go on for ever
 _WORDS = (
     "the of and to in is that it was for on are as with his they at be this from have or by one "
@@ -107,6 +108,7 @@ async def validate(
     services: Services,
     concurrency: int = 8,
     done: Callable[[], None] = lambda: None,
+    timeout_s: float = EPISODE_S,
 ) -> Report:
     """Answer every task in every way, or have an environment without gold prove itself.
 
@@ -116,6 +118,7 @@ async def validate(
         services: what the environment needs.
         concurrency: episodes at once.
         done: called after each episode.
+        timeout_s: of an episode; one that takes longer is unjudged.
     """
     proof = await kind.prove(tasks)
     if proof is not None:
@@ -126,8 +129,8 @@ async def validate(
     async def one(name: str, task: Task) -> None:
         async with free:
             answers = answers_of(name, kind(services), task, tasks)
-            verdict = await play(kind(services), task, answers) if answers else None
             if answers:
+                verdict = await _play_in_time(kind(services), task, answers, timeout_s)
                 _count(tallies[name], name, task, verdict)
         done()
 
@@ -173,6 +176,19 @@ async def play(env: Environment, task: Task, answers: Iterable[Answer]) -> Verdi
         return None
     finally:
         await env.close()
+
+
+async def _play_in_time(
+    env: Environment, task: Task, answers: Iterable[Answer], timeout_s: float
+) -> Verdict | None:
+    """Play; a verdict of ``timeout`` where that does not end."""
+    try:
+        async with asyncio.timeout(timeout_s) as limit:
+            return await play(env, task, answers)
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        return unjudged(f"no end within {timeout_s:g} s", "timeout")
 
 
 def _count(tally: Tally, name: str, task: Task, verdict: Verdict | None) -> None:

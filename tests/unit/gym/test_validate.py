@@ -53,6 +53,21 @@ class Broken(Doubled):
         return judged(0.0)
 
 
+class Stuck(Doubled):
+    """Never judges."""
+
+    name = "stuck"
+
+    async def verify(self, task: Task, answer: Answer) -> Verdict:
+        await asyncio.Event().wait()
+        return judged(0.0)
+
+
+def test_an_environment_that_hangs_is_found_out() -> None:
+    report = asyncio.run(validate(Stuck, Stuck.load("train", 2), Services(), timeout_s=0.05))
+    assert report.failures[0] == "stuck: gold of 5000: timeout: no end within 0.05 s"
+
+
 def test_a_sound_environment_holds() -> None:
     report = asyncio.run(validate(Doubled, Doubled.load("train"), Services()))
     assert report.failures == []
