@@ -3,11 +3,12 @@
     .venv/bin/python tools/evidence/agentic_learning.py --out FOLDER
 
 Compact tasks (``agentic/world/compact.py``) are played by the scripted policy, which errs in half
-of the dialogues, and judged by rules. A k2-micro is fine-tuned on kept trajectories, then trained
-by RL on tasks of the same kind. The control goes on from the same weights with as many rejected
-trajectories, as many steps of fine-tuning as the base had. Held-out tasks share no words with the
-others. Asked for: RL raises held-out success in the mean and in each seed, the control does not.
-Nothing is claimed of real tools or larger models. A second start continues. The last line is JSON.
+of the dialogues, and judged by rules. A k2-micro is fine-tuned on kept trajectories of all levels,
+then trained by RL on tasks of the middle one, of which it solves some and not others. The control
+goes on from the same weights with as many rejected trajectories, as many steps of fine-tuning as
+the base had. Held-out tasks share no words with the others. Asked for: RL raises held-out success
+in the mean and in each seed, the control does not. Nothing is claimed of real tools or larger
+models. A second start continues. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from single_process import TUNE, train
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB_SIZE, SEQ_LENGTH = 700, 512
 RL_SEQ_LENGTH = 2048  # of packed rows: a row is a microbatch
+LEVEL = 2  # of RL and of what is held out: two calls, or a result that is told
 MISTAKES = 0.5  # of dialogues, so that there are as many to reject as to keep
 LEAST_GAIN = 0.05  # of RL in each seed; the control may not gain more than its own noise
 NOISE = 0.03
@@ -124,7 +126,7 @@ def run_rl(
     folder = options.out / f"{name}-{seed}"
     tables: dict[str, Any] = {
         "run": {"steps": steps, "seed": seed},
-        "environments": [{"name": "tool_use", "num_tasks": 2000}],
+        "environments": [{"name": "tool_use", "num_tasks": 2000, "options": {"levels": [LEVEL]}}],
         # Groups of equal rewards have no gradient: two thirds of them here, not paid for.
         "objective": {"tau": 0.1, "train_even_groups": False},
         "rollout": {"groups": 32, "samples": 8, "budget": 96, "max_running": 128},
@@ -170,7 +172,7 @@ def parser() -> argparse.ArgumentParser:
     add("--tasks", type=int, default=8000, help="that trajectories are made of")
     add("--heldout", type=int, default=200, help="tasks of each evaluation")
     add("--steps", type=int, default=66, help="of RL")
-    add("--sft-steps", type=int, default=550)
+    add("--sft-steps", type=int, default=470)
     add("--lr", default="8e-4", help="of RL, MuonClip; falls to 0")
     add("--workers", type=int, default=2, help="runs at once, a thread each")
     return found
