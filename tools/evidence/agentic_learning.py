@@ -171,7 +171,7 @@ def parser() -> argparse.ArgumentParser:
     add("--controls", type=int, default=3, help="seeds that have one")
     add("--tasks", type=int, default=8000, help="that trajectories are made of")
     add("--heldout", type=int, default=200, help="tasks of each evaluation")
-    add("--steps", type=int, default=66, help="of RL")
+    add("--steps", type=int, default=44, help="of RL")
     add("--sft-steps", type=int, default=470)
     add("--lr", default="8e-4", help="of RL, MuonClip; falls to 0")
     add("--workers", type=int, default=2, help="runs at once, a thread each")
