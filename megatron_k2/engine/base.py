@@ -60,8 +60,8 @@ class Request:
 
     Attributes:
         id: unique among the requests under way.
-        old_latents: the engine may go on over what older weights have read of the prompt, if it
-            still has it: for an answer that was interrupted.
+        old_latents: the engine may go on over what older weights have read of the prompt, however
+            old, if it still has it: for a dialogue that goes on under new weights.
     """
 
     id: str

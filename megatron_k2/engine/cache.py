@@ -61,6 +61,10 @@ class LatentCache:
         """Blocks that nobody holds."""
         return len(self._free)
 
+    def num_owners(self, block: int) -> int:
+        """How many hold a block."""
+        return self._owners[block]
+
     def take(self, count: int) -> list[int]:
         """Hand out ``count`` blocks; the caller has seen that so many are free."""
         assert count <= len(self._free)

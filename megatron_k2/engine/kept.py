@@ -6,7 +6,7 @@ wanted, least recently used first (automatic prefix caching, as in vLLM). A page
 tokens and the page before it, so that equal beginnings are held once, however they came about.
 
 A page also belongs to the weights that its request began under. A request gets pages of the
-weights it will be answered by; one that is continued under new weights may have older ones
+weights that it is admitted under; one that is continued under new weights may have older ones
 (``Request.old_latents``), as a request under way has when weights change beneath it.
 """
 
@@ -87,15 +87,22 @@ class KeptPages:
             self._pages.move_to_end(key)
         return self._cache.share([self._pages[key].block for key in found]), weights
 
-    def make_room(self, num_blocks: int) -> None:
-        """Let pages go until so many blocks are free, or none is kept."""
-        while self._pages and self._cache.num_free < num_blocks:
-            _, page = self._pages.popitem(last=False)
-            self._cache.give_back([page.block])
+    def make_room(self, num_blocks: int) -> bool:
+        """Let pages go until so many blocks are free; none where that would not be enough."""
+        missing = num_blocks - self._cache.num_free
+        if missing <= 0:
+            return True
+        ours = [key for key, page in self._pages.items() if self._cache.num_owners(page.block) == 1]
+        if len(ours) < missing:
+            return False
+        for key in ours[:missing]:
+            self._cache.give_back([self._pages.pop(key).block])
+        return True
 
     def forget_all(self) -> None:
         """Let every page go."""
-        self.make_room(self._cache.num_blocks + 1)
+        self._cache.give_back([page.block for page in self._pages.values()])
+        self._pages.clear()
 
     def new_weights(self) -> None:
         """Note that what is read from now on is read by other weights."""

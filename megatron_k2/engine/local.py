@@ -20,7 +20,7 @@ from megatron_k2.engine.base import Piece, Request
 from megatron_k2.engine.core import LocalCore, UnderWay
 
 Answer = asyncio.Queue[Piece | BaseException]
-ENDED_SHARE = 8  # a turn ends once one in so many of its answers has: others want their places
+ENDED_SHARE = 8  # a turn ends once more than one in so many of its answers has: places are wanted
 
 
 class LocalEngine:
@@ -30,13 +30,13 @@ class LocalEngine:
         core: the synchronous engine; nobody else may step it.
         num_threads: torch threads of the engine's thread; None keeps torch's setting.
         turn: steps at most before readers get their pieces, joined, and commands take effect. It
-            ends early where an eighth of its answers have ended; never by the clock.
+            ends early once more than an eighth of its answers have ended; never by the clock.
     """
 
     def __init__(self, core: LocalCore, num_threads: int | None = None, turn: int = 1) -> None:
         self._core, self._turn = core, turn
         self._answers: dict[str, Answer] = {}
-        self._left: list[str] = []  # ended by their readers while a step may run
+        self._left: list[str] = []  # ended by their readers while a turn may run
         self._stepper: asyncio.Task[None] | None = None
         self._free = asyncio.Lock()  # held while a turn or a change of weights runs
         self._resumed = asyncio.Event()
@@ -83,7 +83,7 @@ class LocalEngine:
                 if piece.finish_reason is not None:
                     return
         finally:
-            self._leave(request.id)
+            self._leave(request.id, answer)
 
     async def abort(self, request_id: str) -> None:
         """End a request; see ``Engine.abort``."""
@@ -95,17 +95,17 @@ class LocalEngine:
     async def update_weights(
         self, version: int, change: Callable[[], None], under_way: UnderWay = "keep"
     ) -> None:
-        """Run ``change`` between two steps, in the engine's thread; see ``LocalCore``."""
+        """Run ``change`` between two turns, in the engine's thread; see ``LocalCore``."""
         async with self._free:
             await self._run(self._core.update_weights, version, change, under_way)
 
     async def between_steps(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Run a function of the core in the engine's thread while no step runs."""
+        """Run a function of the core in the engine's thread while no turn runs."""
         async with self._free:
             return await self._run(function, *args)
 
     async def pause(self) -> None:
-        """Return when no step runs; none starts before ``resume``."""
+        """Return when no turn runs; none starts before ``resume``."""
         self._resumed.clear()
         async with self._free:
             pass
@@ -129,17 +129,23 @@ class LocalEngine:
             answer.put_nowait(Piece((), (), (), finish_reason="abort"))
         self._thread.shutdown()
 
-    def _take_turn(self) -> list[tuple[str, Piece]]:
-        """Run steps in the engine's thread; return what each request got of them."""
+    def _take_turn(self) -> tuple[list[tuple[str, Piece]], Exception | None]:
+        """Run steps in the engine's thread; return what each request got, and what ended them."""
         found: dict[str, list[Piece]] = {}
         ended = 0
+        failure: Exception | None = None
         for _ in range(self._turn):
-            for request_id, piece in self._core.step():
+            try:
+                pieces = self._core.step()
+            except Exception as error:
+                failure = error
+                break
+            for request_id, piece in pieces:
                 found.setdefault(request_id, []).append(piece)
                 ended += piece.finish_reason is not None
             if ENDED_SHARE * ended > len(found) or not self._core.has_work:
                 break
-        return [(request_id, Piece.joined(pieces)) for request_id, pieces in found.items()]
+        return [(name, Piece.joined(each)) for name, each in found.items()], failure
 
     async def _run(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run a function in the engine's thread, to its end even if the caller is cancelled."""
@@ -164,20 +170,20 @@ class LocalEngine:
             async with self._free:
                 if not self._resumed.is_set() or not self._core.has_work:
                     continue
-                try:
-                    pieces = await self._run(self._take_turn)
-                except Exception as error:  # each request's own iterator raises it
+                pieces, error = await self._run(self._take_turn)
+                if error is not None:
                     self._core.clear()
-                    for answer in self._answers.values():
-                        answer.put_nowait(error)
-                    continue
             for request_id, piece in pieces:
                 if request_id in self._answers:
                     self._answers[request_id].put_nowait(piece)
+            if error is not None:  # the iterators of all that had not ended raise it
+                for answer in self._answers.values():
+                    answer.put_nowait(error)
 
-    def _leave(self, request_id: str) -> None:
-        """Forget a request whose iterator ends; if it still runs, it is aborted before a step."""
-        self._answers.pop(request_id, None)
+    def _leave(self, request_id: str, answer: Answer) -> None:
+        """Forget a request whose iterator ends; if it still runs, it is aborted before a turn."""
+        if self._answers.get(request_id) is answer:
+            del self._answers[request_id]
         if not self._closed:
             self._left.append(request_id)
             self._wake()

@@ -100,6 +100,11 @@ class RankedCore(LocalCore):
         super().drop(request_id)
         self._tell("drop", request_id)
 
+    def clear(self) -> None:
+        """Forget all requests on every rank; see ``LocalCore.clear``."""
+        super().clear()
+        self._tell("clear")
+
     def change_weights(self, version: int, under_way: UnderWay = "keep") -> None:
         """Have every rank run its ``change`` for a version. The leader calls."""
         self._send([*self._take(), ("change", (version, under_way))])
@@ -120,6 +125,7 @@ class RankedCore(LocalCore):
             "add": super().add,
             "abort": super().abort,
             "drop": super().drop,
+            "clear": super().clear,
             "step": super().step,
             "change": self._changed,
         }

@@ -145,6 +145,9 @@ class Scheduler:
         """Note new weights: what is cached is not what a new request would get."""
         self.prompts.forget_all()
         self.kept.new_weights()
+        for sequence in self.running:
+            if not sequence.cached:
+                sequence.weights = self.kept.weights
 
     def recompute_all(self) -> None:
         """Free every running sequence's blocks; their tokens are computed again, in order."""
@@ -195,8 +198,7 @@ class Scheduler:
     def _grow(self, sequence: Sequence) -> None:
         """Give a decoding sequence the block of its next token; preempt others, or itself."""
         while sequence in self.running and len(sequence.blocks) < blocks_for(len(sequence.tokens)):
-            self.kept.make_room(1)
-            if self.cache.num_free:
+            if self.kept.make_room(1):
                 sequence.blocks += self.cache.take(1)
             else:
                 self._preempt(self.running[-1])
@@ -218,8 +220,7 @@ class Scheduler:
             # One block for each who decodes: who is admitted is not preempted in the next step.
             spare = len(self.running)
             needed = blocks_for(len(sequence.tokens) + 1) - len(blocks)
-            self.kept.make_room(needed + spare)
-            if self.running and needed + spare > self.cache.num_free:
+            if not self.kept.make_room(needed + spare) and self.running:
                 self.cache.give_back(blocks)
                 return
             sequence.cached = sequence.given = len(blocks) * BLOCK_TOKENS

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import dataclasses
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -114,10 +113,18 @@ class ColocatedEngine:
             _ranked(self._core).follow()
             return None
         try:
-            return self._loop.run_until_complete(work())
+            return self._loop.run_until_complete(self._with_turns(work))
         finally:
             if not self._alone:
                 _ranked(self._core).release()
+
+    async def _with_turns(self, work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+        """Let the engine take turns while ``work`` runs: after it the weights are the trainer's."""
+        await self._local.resume()
+        try:
+            return await work()
+        finally:
+            await self._local.pause()
 
     def sync(self, version: int) -> None:
         """Bind the engine to the trainer's weights as they are now; compare, then open the gate.
@@ -125,8 +132,8 @@ class ColocatedEngine:
         Raises:
             SyncRefused: what the engine computes is not what the trainer computes; on all ranks.
         """
-        if self.is_leader and self._sync is not None:
-            self._loop.run_until_complete(self._sync.push(version))
+        if self.is_leader and (sync := self._sync) is not None:
+            self._loop.run_until_complete(self._with_turns(lambda: sync.push(version)))
             return
         trainer = trainer_top(self._model, self._vocab_size)
         found = self.run(lambda: self._rebind(version, trainer))
@@ -194,6 +201,5 @@ def engine_limits(context: int, rules: Rollout) -> Limits:
     """Return the engine's limits of a run; ``cache_tokens`` 0: enough for all that run at once."""
     tokens = rules.cache_tokens or context * rules.max_running
     keeps = rules.keeps_pages or rules.old_latents
-    limits = Limits(context, max(context, tokens), rules.max_running, keeps_pages=keeps)
-    step = max(limits.step_tokens, rules.max_running + 1)
-    return dataclasses.replace(limits, step_tokens=step)
+    step_tokens = max(512, rules.max_running + 1)
+    return Limits(context, max(context, tokens), rules.max_running, step_tokens, keeps_pages=keeps)

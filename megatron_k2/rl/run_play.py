@@ -39,8 +39,8 @@ class Rollout:
         old_latents: what waits goes on over the keys that older weights left in the engine's cache,
             if they are still there. False: all of it is read again by the new ones, which a long
             answer pays for in every iteration. With True the engine's log-probabilities are no
-            longer those of the trainer's full forward to 1e-5: ``max_gap_nats`` watches them. Has
-            ``keeps_pages`` with it.
+            longer those of the trainer's full forward to 1e-5: ``max_gap_nats`` watches them. What
+            a killed run had read is gone and read by the new ones. Has ``keeps_pages`` with it.
         max_running: requests that the engine decodes at once.
         cache_tokens: of the engine; 0: as many as ``max_running`` contexts.
         threads: of the engine on the CPU.

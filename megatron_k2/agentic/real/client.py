@@ -25,7 +25,11 @@ from megatron_k2.agentic.real.reports import Reports
 
 _CLOSE_S = 5.0
 MAX_WORDS = 500  # of an error of a server
-_ID = re.compile(rb'"id"\s*:\s*"?(\d{1,18})"?\s*[,}]')
+# Where an answer names its question: before the result, or after it, at its very end.
+_VERSION, _NUMBER = rb'(?:"jsonrpc"\s*:\s*"2\.0"\s*,\s*)?', rb'"id"\s*:\s*"?(\d{1,18})"?\s*'
+_BEFORE = re.compile(rb"\s*\{\s*" + _VERSION + _NUMBER + rb',\s*"(?:result|error)"')
+_ANSWER = re.compile(rb"\s*\{\s*" + _VERSION + rb'"(?:result|error)"')
+_AFTER = re.compile(rb",\s*" + _NUMBER + rb'(?:,\s*"jsonrpc"\s*:\s*"2\.0"\s*)?\}\s*$')
 Transport = Callable[[], contextlib.AbstractAsyncContextManager[tuple[Any, Any]]]
 
 
@@ -245,6 +249,7 @@ def _message(text: bytes) -> SessionMessage | Exception:
     try:
         return SessionMessage(types.jsonrpc_message_adapter.validate_json(text, by_name=False))
     except (ValueError, RecursionError) as error:
-        is_answer = b'"jsonrpc"' in text and b'"method"' not in text
-        named = _ID.search(text) if is_answer else None
+        named = _BEFORE.match(text)
+        if named is None and _ANSWER.match(text):
+            named = _AFTER.search(text)
         return Unreadable(str(error)[:MAX_WORDS], named[1].decode() if named else "")

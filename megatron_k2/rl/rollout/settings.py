@@ -36,7 +36,7 @@ class RolloutSettings:
         max_lag: versions that the oldest token of a trained episode may be behind.
         too_old: what becomes of an episode that is older: ``restart`` it, ``drop`` its group, or
             ``keep`` it for a trainer that masks old tokens.
-        old_latents: see ``Request``: of an episode that has said something.
+        old_latents: see ``Request``; of every request of an episode that has said something.
         max_restarts: of an episode; after so many its group is dropped.
         max_failed: share of a batch's episodes that may be unjudged; more stops the run.
         repetition: what ends an answer as a loop; None: nothing.

@@ -135,3 +135,32 @@ def test_a_tight_cache_under_random_requests_answers_as_without(seed: int) -> No
     assert max(largest_error(model, answer) for answer in found.values()) <= TOLERANCE
     kept.forget_all()
     assert core.cache.num_free == core.cache.num_blocks
+
+
+def test_a_group_that_waits_while_weights_change_still_reads_its_prompt_once(model: Any) -> None:
+    core = LocalCore(model, LIMITS)
+    group = [Request(f"g{n}", prompt_of(100), replace(RULES, max_tokens=4)) for n in range(8)]
+    for request in group:
+        core.add(request)
+    core.step()  # one reads a first chunk, the others wait for it
+    core.update_weights(1, lambda: None)
+    while core.has_work:
+        core.step()
+    # The one that had begun is of the old weights; of the others one reads and six share.
+    assert core.scheduler.prompts.num_tokens == 6 * 99
+
+
+def test_who_asks_for_room_in_vain_takes_nobodys_pages(model: Any) -> None:
+    core = LocalCore(model, replace(KEEPING, cache_tokens=192))
+    first = ask(core, "turn 1", prompt_of(60))
+    core.add(Request("long", prompt_of(110), replace(RULES, max_tokens=12)))
+    core.step()
+    kept = len(core.scheduler.kept)
+    assert kept > 0
+    after = (*prompt_of(60), *first.ids, *prompt_of(9))
+    core.add(Request("turn 2", after, replace(RULES, max_tokens=40)))
+    core.step()
+    assert len(core.scheduler.waiting) == 1 and len(core.scheduler.kept) == kept
+    while core.has_work:
+        core.step()
+    assert core.scheduler.kept.num_tokens == (60 + 12 - 1) // BLOCK_TOKENS * BLOCK_TOKENS

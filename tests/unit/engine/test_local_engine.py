@@ -110,6 +110,28 @@ def test_a_command_waits_for_a_turn_and_no_longer(model: Any) -> None:
     with_engine(model, use, turn=8)
 
 
+def test_an_error_spares_the_answers_that_ended_before_it_in_its_turn(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def use(engine: LocalEngine, core: LocalCore) -> None:
+        steps, step = [0], core.step
+
+        def fifth_fails() -> list[tuple[str, Piece]]:
+            steps[0] += 1
+            return step() if steps[0] < 5 else 1 / 0  # type: ignore[return-value]
+
+        monkeypatch.setattr(core, "step", fifth_fails)
+        short = generate(engine, request_of("short", 4, max_tokens=3))
+        others = [generate(engine, request_of(f"o{n}", 5 + n, max_tokens=30)) for n in range(7)]
+        found = await asyncio.gather(short, *others, return_exceptions=True)
+        monkeypatch.undo()
+        assert not isinstance(found[0], BaseException) and len(found[0].ids) == 3
+        assert [type(one) for one in found[1:]] == [ZeroDivisionError] * 7
+        assert len((await generate(engine, request_of("after", 4))).ids) == 8
+
+    with_engine(model, use, turn=8)
+
+
 def test_a_cancelled_reader_and_an_abort_end_their_requests(model: Any) -> None:
     async def use(engine: LocalEngine, core: LocalCore) -> None:
         task = asyncio.create_task(generate(engine, request_of("a", 5, max_tokens=100)))

@@ -109,6 +109,10 @@ def called(id_: Any) -> None:
         result = f'{{"content": [], "_meta": {{"x": {said}}}}}'
         put(f'{{"jsonrpc": "2.0", "id": {id_}, "result": {result}}}')
         return
+    if WAY == "id_inside":  # of no question; its own is at the end
+        result = r'{"content": [], "structuredContent": {"id": 777, "method": "\ud83d"}}'
+        put(f'{{"jsonrpc": "2.0", "result": {result}, "id": {id_}}}')
+        return
     if WAY == "binary":
         sys.stdout.buffer.write(bytes(range(256)) * 40 + b"\n\xff\xfe\x00\n")
         sys.stdout.buffer.flush()

@@ -46,6 +46,7 @@ CALLS: dict[str, tuple[str, str, str, dict[str, int]]] = {
     "long_result": ("ok", "", "[... cut: 98000 more", {"cut_result": 1}),
     "no_json": ("ok", "", "done", {"no_json": 4}),
     "surrogate": ("failed", "call_error", "no readable answer", {"no_json": 1, "call_error": 1}),
+    "id_inside": ("failed", "call_error", "no readable answer", {"no_json": 1, "call_error": 1}),
     "endless_number": ("failed", "call_error", "no readable", {"no_json": 1, "call_error": 1}),
     "binary": ("ok", "", "done", {"no_json": 42}),
     "wrong_ids": ("ok", "", "done", {"wrong_id": 3}),
