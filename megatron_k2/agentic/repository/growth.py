@@ -114,6 +114,26 @@ def assemble(results: Sequence[Mapping[str, Any]], settings: Settings) -> Evolve
     return found
 
 
+def evenly(evolved: Evolved, count: int) -> list[Tool]:
+    """Return so many tools, in their order: domain after domain, the categories in turns."""
+    sizes = Counter(tool.server for tool in evolved.tools)
+    turns: dict[str, int] = {}
+    places = []
+    for place, domain in enumerate(evolved.domains):
+        turns[domain.category] = turns.get(domain.category, -1) + 1
+        places.append((turns[domain.category], place, domain.id))
+    left, most = count, {}
+    for _, _, name in sorted(places):
+        most[name] = min(sizes[name], left)
+        left -= most[name]
+    found = []
+    for tool in evolved.tools:
+        most[tool.server] -= 1
+        if most[tool.server] >= 0:
+            found.append(tool)
+    return found
+
+
 async def list_domains(
     model: Model, settings: Settings, category: str, count: int
 ) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from megatron_k2.agentic.repository.coverage import coverage, draw_coverage
 from megatron_k2.agentic.repository.dump import is_scraped, num_documents, read_dump
 from megatron_k2.agentic.repository.duplicates import deduplicate
 from megatron_k2.agentic.repository.evolution import Settings, num_domains
-from megatron_k2.agentic.repository.growth import assemble, grow_domain, list_domains
+from megatron_k2.agentic.repository.growth import assemble, evenly, grow_domain, list_domains
 from megatron_k2.agentic.stages.body_real import (
     harvested,
     harvested_by_http,
@@ -84,6 +84,8 @@ async def _dumped(work: Work) -> list[Tool]:
     for one in await work.map("dump", f"{__name__}:dump_of", values):
         work.counts.update(one["dropped"])
         found += [Tool.from_json(tool) for tool in one["tools"]]
+    if not found and most != 0:
+        raise ValueError(f"--dump {path}: no tool can be read of it: {dict(work.counts)}")
     scraped = [tool for tool in found if is_scraped(tool)]
     if work.args.scraped_tools == "drop" and scraped:
         work.counts["dump dropped: parameters scraped from prose"] = len(scraped)
@@ -147,7 +149,10 @@ async def _evolve(work: Work) -> tuple[list[Domain], list[Tool]]:
     grown = list(await work.map("evolution", f"{__name__}:domain_of", seeds))
     evolved = assemble([one for one in [*lists, *grown] if one], settings)
     work.counts.update(_dropped("evolved", evolved.dropped))
-    return evolved.domains, evolved.tools[: work.args.evolved_tools]
+    tools = evenly(evolved, work.args.evolved_tools)
+    if beyond := len(evolved.tools) - len(tools):
+        work.counts["evolved dropped: more than --evolved-tools"] = beyond
+    return evolved.domains, tools
 
 
 async def domains_of(desk: Desk, value: list[Any]) -> dict[str, Any]:

@@ -38,13 +38,9 @@ def run(args: argparse.Namespace, open_checkpoint: OpenCheckpoint | None = None)
         problems = verify(layout, STAGES)
         missing = [one.name for one in STAGES if not (layout.out / one.name).is_dir()]
         if missing:
-            print(f"not made yet: {', '.join(missing)}")
-        whole = (
-            "what is there is whole and fits together"
-            if missing
-            else ("all files are whole and fit together")
-        )
-        print(f"problems: {len(problems)}" if problems else whole)
+            print("what is there is whole and fits together" if not problems else "")
+            return [*problems, f"not made yet: {', '.join(missing)}"]
+        print(f"problems: {len(problems)}" if problems else "all files are whole and fit together")
         return problems
     try:
         print(show(layout, args.kind, args.number, args.id, args.json), flush=True)

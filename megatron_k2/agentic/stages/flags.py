@@ -52,6 +52,9 @@ examples:
 """
 
 
+LEAST_AGENTS, TASKS_AN_AGENT = 100, 20
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -124,7 +127,10 @@ def _add_tools(group: argparse._ArgumentGroup) -> None:
 
 def _add_sizes(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--agents", type=int, default=100, metavar="N", help="over all domains; default 100")
+    add(
+        "--agents", type=int, metavar="N",
+        help="over all domains; default: one for 20 tasks, 100 at least",
+    )  # fmt: skip
     add("--server-share", type=float, default=0.25, metavar="SHARE", help="of agents with tools of "
         "a dump's servers, simulated by what their names say; default 0.25")  # fmt: skip
     add(
@@ -216,7 +222,7 @@ def _add_show(parser: argparse.ArgumentParser) -> None:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Check the flags of ``run``.
+    """Check the flags of ``run``; say how many agents there are where nobody did.
 
     Raises:
         ValueError: one cannot be; names it.
@@ -230,6 +236,8 @@ def check_flags(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} {value}: at least {least}")
+    if args.agents is None:
+        args.agents = max(LEAST_AGENTS, math.ceil(args.tasks / TASKS_AN_AGENT))
     for name in ("fault_share", "scripted_mistakes", "heldout_share", "server_share"):
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: from 0 to 1")

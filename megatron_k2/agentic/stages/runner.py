@@ -22,7 +22,7 @@ from megatron_k2.agentic.stages.ray_mode import RayRun
 from megatron_k2.agentic.stages.run_engine import OpenCheckpoint
 from megatron_k2.agentic.stages.run_models import build_bench, names_of_models
 from megatron_k2.agentic.stages.work import Run, Stopped, Work
-from megatron_k2.data.rephrase.gate import Budget
+from megatron_k2.data.rephrase.gate import Budget, BudgetSpent
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,8 @@ class Runner:
         except Stopped as stopped:
             error = stopped.__cause__
             if isinstance(error, RuntimeError):  # a budget, the server, a worker
-                return [f"{error}; the same command goes on from here"]
+                with_more = " with a larger limit" if isinstance(error, BudgetSpent) else ""
+                return [f"{error}; the same command{with_more} goes on from here"]
             raise error or stopped from None
         finally:
             if workers is not None:

@@ -17,7 +17,6 @@ from megatron_k2.agentic.records import Domain, Tool
 from megatron_k2.agentic.world.inferred_names import (
     CURSORS,
     LIMITS,
-    PAGING,
     QUERIES,
     Left,
     Reading,
@@ -164,7 +163,7 @@ def _natural_key(noun: str, group: list[Reading]) -> str:
         named = sorted({name for one in keyed for name in one.required})
         single = len(named) == 1 and all(one.parameters.keys() == {named[0]} for one in keyed)
         text = single and keyed[0].parameters[named[0]]["type"] == "string"
-        return named[0] if text and named[0] not in PAGING else ""
+        return named[0] if text and named[0] in _names_of(noun) else ""
     shared = frozenset.intersection(*(one.required for one in [*creators, *keyed]))
     if not keyed:
         return ""
@@ -172,6 +171,11 @@ def _natural_key(noun: str, group: list[Reading]) -> str:
         if name in shared and creators[0].parameters[name] == {"type": "string"}:
             return name
     return ""
+
+
+def _names_of(noun: str) -> tuple[str, ...]:
+    """Parameters that a record may be called by; what else a tool asks for is no invented name."""
+    return ("key", "name", "title", "slug", noun, f"{noun}_name", f"{noun}_key")
 
 
 def _key_parameter(one: Reading, natural: str) -> str | None:
