@@ -14,7 +14,7 @@ from megatron_k2.agentic.records import Tool
 from megatron_k2.agentic.repository import scripted
 from megatron_k2.agentic.repository.duplicates import shingles
 from megatron_k2.agentic.repository.evolution import Settings, all_categories, num_domains
-from megatron_k2.agentic.repository.growth import Evolved, evolve
+from megatron_k2.agentic.repository.growth import Evolved, evenly, evolve
 from megatron_k2.agentic.repository.pairwise import near_duplicate_share
 from megatron_k2.agentic.repository.schemas import check_tool
 from megatron_k2.agentic.world.operation_checks import check_operation
@@ -60,6 +60,22 @@ def test_tools_are_as_many_as_asked_for_valid_and_differ(num_tools: int) -> None
         assert all(one["description"] for one in described)
     assert near_duplicate_share(found.tools, 0.7, shingles) == 0
     assert near_duplicate_share(found.tools) < 0.02
+
+
+@pytest.mark.parametrize("count", [340, 100, 17, 10**6])
+def test_what_is_beyond_the_number_is_left_out_of_every_category_alike(count: int) -> None:
+    found = grown(340)
+    tools = evenly(found, count)
+    assert len(tools) == min(count, len(found.tools))
+    places = [found.tools.index(one) for one in tools]
+    assert places == sorted(set(places))
+    domains = Counter(
+        one.category for one in found.domains if any(t.server == one.id for t in tools)
+    )
+    if count == 340:
+        assert domains.keys() == set(all_categories())
+    if count <= 340:
+        assert max(domains.values()) - min(domains.values()) <= 1
 
 
 def test_every_category_step_and_operation_is_there() -> None:

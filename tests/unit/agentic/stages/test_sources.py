@@ -115,6 +115,13 @@ def served(app: Starlette) -> Iterator[str]:
         thread.join(10)
 
 
+def test_a_dump_without_a_tool_is_refused(tmp_path: Path) -> None:
+    dump = tmp_path / "dump.json"
+    dump.write_text("{not json")
+    with pytest.raises(ValueError, match=r"--dump .*dump.json: no tool .*no JSON"):
+        synthesize(tmp_path / "out", None, "--evolved-tools", "0", "--dump", str(dump))
+
+
 def test_tools_of_a_server_at_an_address_are_harvested_and_played_in_the_simulator(
     tmp_path: Path,
 ) -> None:
