@@ -16,7 +16,7 @@ train() { # MODULE ARGS...: one process
   shift
   "$python" -m torch.distributed.run --standalone --nproc-per-node 1 --no-python \
     "$python" -W ignore -m "$module" --k2-preset k2-micro --tokenizer-model "$out/kimi" \
-    --vocab-size 596 --global-batch-size 8 --use-distributed-optimizer \
+    --vocab-size 596 --k2-precision fp32 --global-batch-size 8 --use-distributed-optimizer \
     --optimizer muonclip --num-workers 0 --seed 1 "$@"
 }
 
