@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
 
 from megatron_k2.engine.cache import BLOCK_TOKENS, LatentCache
 
@@ -92,10 +92,11 @@ class KeptPages:
         missing = num_blocks - self._cache.num_free
         if missing <= 0:
             return True
-        ours = [key for key, page in self._pages.items() if self._cache.num_owners(page.block) == 1]
+        owners, pages = self._cache.num_owners, self._pages.items()
+        ours = list(islice((key for key, page in pages if owners(page.block) == 1), missing))
         if len(ours) < missing:
             return False
-        for key in ours[:missing]:
+        for key in ours:
             self._cache.give_back([self._pages.pop(key).block])
         return True
 

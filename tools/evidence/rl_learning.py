@@ -309,7 +309,8 @@ def main() -> int:
     write_data(options)
     wanted = arms(options)
     with ThreadPoolExecutor(options.workers) as pool:
-        bases = {arm.seed: pool.submit(base, options, arm.seed) for arm in wanted}
+        seeds = dict.fromkeys(arm.seed for arm in wanted)  # once each: two would share a folder
+        bases = {seed: pool.submit(base, options, seed) for seed in seeds}
 
         def run(arm: Arm) -> list[dict[str, Any]]:
             bases[arm.seed].result()  # begun before: nobody waits for what waits for him
@@ -332,8 +333,8 @@ def main() -> int:
     report: dict[str, Any] = {"task": options.task, "gains": found, "steps": options.steps}
     report["wall_s"] = round(time.monotonic() - began)
     if not options.ablations:
-        seeds = [gain for name, gain in found.items() if name.startswith("seed")]
-        report["mean"], report["least"] = round(sum(seeds) / len(seeds), 4), min(seeds)
+        rose = [gain for name, gain in found.items() if name.startswith("seed")]
+        report["mean"], report["least"] = round(sum(rose) / len(rose), 4), min(rose)
         control = found["shuffled rewards"]
         report["holds"] = bool(
             report["mean"] >= LEAST_MEAN and report["least"] >= LEAST_EACH and control <= 0

@@ -37,11 +37,9 @@ def run(args: argparse.Namespace, open_checkpoint: OpenCheckpoint | None = None)
     if args.command == "verify":
         problems = verify(layout, STAGES)
         missing = [one.name for one in STAGES if not (layout.out / one.name).is_dir()]
-        if missing:
-            print("what is there is whole and fits together" if not problems else "")
-            return [*problems, f"not made yet: {', '.join(missing)}"]
-        print(f"problems: {len(problems)}" if problems else "all files are whole and fit together")
-        return problems
+        what = "what is there is whole and fits" if missing else "all files are whole and fit"
+        print(f"problems: {len(problems)}" if problems else f"{what} together")
+        return [*problems, f"not made yet: {', '.join(missing)}"] if missing else problems
     try:
         print(show(layout, args.kind, args.number, args.id, args.json), flush=True)
     except BrokenPipeError:  # ``head`` has had enough, and that is no error

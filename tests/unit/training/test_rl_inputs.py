@@ -13,8 +13,10 @@ import pytest
 
 from megatron_k2.gym.judging import EngineJudge
 from megatron_k2.inputs import UsageError
+from megatron_k2.rl.colocated import engine_limits
 from megatron_k2.rl.rollout.repetition import Repetition
 from megatron_k2.rl.run_file import run_from
+from megatron_k2.rl.run_play import Rollout
 from megatron_k2.rl.services import ServicePlan
 from megatron_k2.training.rl import check_run
 from megatron_k2.training.rl_inputs import Inputs, read_inputs
@@ -125,6 +127,13 @@ def test_every_key_reaches_the_rollouts() -> None:
     assert (found.max_lag, found.too_old, found.copy) == (2, "drop", 1)
     assert found.old_latents
     assert found.repetition == Repetition(5, 20, 4)
+
+
+@pytest.mark.parametrize("key", ["keeps_pages", "old_latents"])
+def test_kept_pages_reach_the_engine_and_are_off_by_themselves(key: str) -> None:
+    assert not engine_limits(64, Rollout()).keeps_pages
+    found = engine_limits(64, Rollout(max_lag=1, max_running=600, **{key: True}))
+    assert found.keeps_pages and found.step_tokens > found.max_running == 600
 
 
 def test_what_is_only_looked_at_makes_no_other_run() -> None:
