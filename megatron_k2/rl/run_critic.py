@@ -13,9 +13,11 @@ class CriticRules:
 
     Attributes:
         rubrics: names, or files of one's own.
-        prompt: ``pairwise``, ``compact`` for models of a few million weights, or a file.
+        prompt: ``pairwise``; ``compact`` or ``label_last`` for models of a few million weights;
+            or a file.
         tasks: ``critic_pairs`` tasks a step from the policy's verified answers; 0: no closed loop.
-        pairs_per_task: asked in one answer, all of which must be right.
+        pairs_per_task: asked in one answer, in both orders, all of which must be right; 0: one
+            comparison a task, as a tournament asks.
         max_tokens: of a critic's answer.
         accuracy_every: steps between measurements of how often the critic is right on pairs that
             it does not learn from; 0: never.
@@ -45,9 +47,9 @@ class CriticRules:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        for name in ("tasks", "accuracy_every"):
+        for name in ("tasks", "accuracy_every", "pairs_per_task"):
             least(name, getattr(self, name), 0)
-        for name in ("pairs_per_task", "max_tokens", "accuracy_tasks", "watch_every"):
+        for name in ("max_tokens", "accuracy_tasks", "watch_every"):
             least(name, getattr(self, name), 1)
         if self.accuracy_pairs and not self.accuracy_every:
             raise ValueError("accuracy_pairs needs accuracy_every of 1 or more: nobody asks them")

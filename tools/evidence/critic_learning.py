@@ -2,13 +2,15 @@
 
     .venv/bin/python tools/evidence/critic_learning.py --out FOLDER
 
-A k2-micro is fine-tuned on spelling words backward and on verdicts about such words (which of two
-is right; the right words stand before the JSON), then trained by K2's objective on both at once:
-half of each batch is reasoning-gym's spell_backward, half critic_pairs, a pair in both orders a
-task (--pairs). Asked for: the share of held-out tasks with all verdicts right rises, and does not
-with shuffled rewards. No held-out word is in fine-tuning or RL. The pairs are made, not the
-policy's own answers (rl/critic/closed_loop.py makes those). Finished runs are kept, so that a
-second start continues. The last line is JSON.
+A k2-micro is fine-tuned on spelling words backward and on verdicts about such words, which of two
+answers is right; they show their work, the right word and the letter that stands behind it in the
+prompt. Fine-tuning stops when it begins to judge rightly (LEAST_BASE, on pairs of its own): that
+comes within some hundred steps, elsewhere with each seed. Then K2's objective trains both at once:
+reasoning-gym's spell_backward, critic_pairs with one comparison a task, as a tournament asks, and
+pairs of the policy's own right and wrong words (the closed loop). Many prompts of few samples: a
+verdict is one bit. Asked for: the share of held-out pairs judged rightly in both orders rises with
+every seed, and does not with shuffled rewards. No held-out word is in fine-tuning or RL. Finished
+runs are kept, so that a second start continues. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ import json
 import random
 import subprocess
 import sys
+import time
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +32,22 @@ from single_process import TUNE, train
 
 SPELL = "spell_backward"
 VOCAB_SIZE, SEQ_LENGTH = 572, 256
+RL_SEQ_LENGTH = 1024  # of packed rows: a row is a microbatch
+PROMPT, MISTAKES = "label_last", "all"
+BUDGET = 32  # tokens of an answer; a verdict with its work has 14
+LEAST_BASE, EVERY = 0.6, 100  # verdicts right where fine-tuning stops; steps between looks
+CRITIC_WEIGHT = 5.0  # prompts of critic_pairs to one of a word
+LEAST_GAIN, NOISE = 0.08, 0.03  # of a seed; of the control at most
 FIXED = (
     "Spell this word backward (example: sun -> nus): ",
     *("system", "user", "assistant", SYSTEM),
-    *('{"verdicts": ["A", "B"]}', '{"verdicts": ["B", "A"]}'),
+    *('{"verdicts": ["A"]}', '{"verdicts": ["B"]}'),
 )
 """What the tokenizer has whole; letters stay tokens of their own."""
 
 
 def write_data(options: argparse.Namespace) -> None:
-    """Write dialogues of words and of verdicts, the tokenizer and packed rows."""
+    """Write dialogues of words and of verdicts, the tokenizer, packed rows and held-out pairs."""
     from megatron_k2.gym.reasoning import Reasoning
     from megatron_k2.gym.services import Services
     from megatron_k2.gym.verifiers import InlineVerifiers
@@ -50,7 +60,7 @@ def write_data(options: argparse.Namespace) -> None:
     env = Reasoning(Services(verifiers=InlineVerifiers()))
     parameters = {SPELL: SUBJECTS[SPELL].parameters}
     tasks = Reasoning.load(
-        "train", options.sft_items, 0, datasets=[SPELL], parameters=parameters, instruction=""
+        "train", options.sft_words, 0, datasets=[SPELL], parameters=parameters, instruction=""
     )
     system = {"role": "system", "content": SYSTEM}
     rows: list[dict[str, Any]] = [
@@ -63,11 +73,17 @@ def write_data(options: argparse.Namespace) -> None:
         }
         for task in tasks
     ]
-    count = options.pairs * options.sft_items
-    pairs = made_pairs(count, "train", random.Random(0), mistakes=options.mistakes)
-    rows += pair_rows(pairs, correctness("compact"), options.pairs, shows_work=True)
+    count = options.sft_pairs
+    pairs = made_pairs(count + options.looks, "train", random.Random(0), mistakes=MISTAKES)
+    roll, brief = random.Random(1), correctness(PROMPT)
+    for pair in pairs[:count]:
+        rows.append(roll.choice(list(pair_rows([pair], brief, shows_work=True))))
+    roll.shuffle(rows)
     write_lines(options.out / "dialogues.jsonl", rows)
     write_lines(options.out / "fixed.jsonl", [{"text": text} for text in FIXED * 200])
+    held = made_pairs(options.held_out, "test", random.Random(2), mistakes=MISTAKES)
+    for name, asked in (("held_out", held), ("looks", pairs[count:])):
+        write_lines(options.out / f"{name}.jsonl", [asdict(pair) for pair in asked])
     (options.out / "kimi").mkdir(exist_ok=True)
     run_tool(
         *("preprocess_data.py", "train-tokenizer", "--type", "kimi"),
@@ -98,121 +114,190 @@ def common(options: argparse.Namespace, seed: int) -> list[str]:
         *("--k2-preset", "k2-micro", "--k2-device", "cpu", "--k2-threads", "1"),
         *("--k2-precision", "fp32", "--num-workers", "0", "--use-distributed-optimizer"),
         *("--tokenizer-model", str(options.out / "kimi"), "--vocab-size", str(VOCAB_SIZE)),
-        *("--seq-length", str(SEQ_LENGTH), "--seed", str(seed), "--optimizer", "muonclip"),
+        *("--seed", str(seed), "--optimizer", "muonclip", "--lr-decay-style", "linear"),
+        *("--min-lr", "0"),
     ]
 
 
 def base(options: argparse.Namespace, seed: int) -> Path:
-    """Return the folder of a fine-tuned model, trained if it is not there."""
+    """Return the folder of a model that has just begun to judge, trained if it is not there.
+
+    Raises:
+        SystemExit: it still guesses at the end of its steps.
+    """
     folder: Path = options.out / f"base-{seed}"
-    if not (folder / "latest_checkpointed_iteration.txt").exists():
-        flags = [
-            *common(options, seed),
-            *("--train-data-path", str(options.out / "chat_train"), "--eval-iters", "0"),
-            *("--micro-batch-size", "4", "--global-batch-size", "8"),
-            *("--lr", "1e-2", "--min-lr", "0"),
-            *("--lr-decay-style", "linear", "--lr-warmup-iters", str(options.sft_steps // 20)),
-            *("--train-iters", str(options.sft_steps), "--save", str(folder)),
-            *("--save-interval", str(options.sft_steps)),
-        ]
-        train(flags, options.out / f"base-{seed}.log", TUNE)
-    return folder
+    latest = folder / "latest_checkpointed_iteration.txt"
+    for steps in range(options.sft_first, options.sft_steps + 1, EVERY):
+        if not latest.exists() or int(latest.read_text()) < steps:
+            flags = [
+                *common(options, seed),
+                *("--train-data-path", str(options.out / "chat_train"), "--eval-iters", "0"),
+                *("--seq-length", str(SEQ_LENGTH), "--micro-batch-size", "4"),
+                *("--global-batch-size", "8", "--lr", "1e-2", "--lr-warmup-iters", "20"),
+                *("--train-iters", str(options.sft_steps), "--exit-interval", str(steps)),
+                *("--save", str(folder), "--load", str(folder)),
+                *("--save-interval", str(options.sft_steps)),
+            ]
+            train(flags, options.out / f"base-{seed}.log", TUNE)
+        lines = run_rl(options, f"look-{seed}-{steps}", seed, folder, 1, pairs="looks")
+        right = critic_figure(lines, "verdicts_right")[0][1]
+        print(f"seed {seed}: {right:.3f} of verdicts right after {steps} steps", flush=True)
+        if right >= LEAST_BASE:
+            return folder
+    raise SystemExit(f"seed {seed}: fewer than {LEAST_BASE} right after --sft-steps {steps}")
 
 
-def play(options: argparse.Namespace, seed: int, is_shuffled: bool) -> list[dict[str, Any]]:
+def run_rl(
+    options: argparse.Namespace,
+    name: str,
+    seed: int,
+    start: Path,
+    num_steps: int,
+    is_shuffled: bool = False,
+    pairs: str = "held_out",
+) -> list[dict[str, Any]]:
     """Return what a run wrote, a step each; run it if it has not ended."""
-    name = f"shuffled-{seed}" if is_shuffled else f"seed-{seed}"
     folder = options.out / name
+    every = max(1, (num_steps - 1) // 4)  # the critic is measured before a step
     tables = tomllib.loads(RUN_FILE.read_text())
-    tables["run"] |= {"seed": seed, "steps": options.steps, "shuffle_rewards": is_shuffled}
-    tables["rollout"] |= {"budget": 64, "groups": options.groups}
-    tables["rollout"]["temperature"]["steps"] = options.steps
-    tables["evaluation"] |= {"tasks": options.held_out, "every": max(1, options.steps // 3)}
-    tables["environments"].append(
-        {
-            "name": "critic_pairs",
-            "num_tasks": 4000,
-            "options": {
-                "prompt": "compact",
-                "pairs": options.pairs,
-                "mistakes": options.mistakes,
-            },
-        }
-    )
+    tables["run"] |= {"seed": seed, "steps": num_steps, "shuffle_rewards": is_shuffled}
+    tables["rollout"] |= {"budget": BUDGET, "groups": options.groups, "samples": options.samples}
+    tables["rollout"]["temperature"]["steps"] = num_steps
+    tables["evaluation"] |= {"tasks": options.held_out, "every": every}
+    made = {"prompt": PROMPT, "pairs": 0, "mistakes": MISTAKES}
+    source = {"name": "critic_pairs", "num_tasks": options.tasks, "weight": CRITIC_WEIGHT}
+    tables["environments"].append(source | {"options": made})
+    tables["critic"] = {
+        **{"prompt": PROMPT, "pairs_per_task": 0, "max_tokens": BUDGET},
+        **{"tasks": options.own_tasks, "accuracy_every": every},
+        "accuracy_pairs": str(options.out / f"{pairs}.jsonl"),
+    }
     run_file = options.out / f"{name}.toml"
     run_file.write_text(to_toml(tables))
     done = folder / "latest_checkpointed_iteration.txt"
-    if not (done.exists() and int(done.read_text()) == options.steps):
+    if not (done.exists() and int(done.read_text()) == num_steps):
         flags = [
             *common(options, seed),
             *("--k2-rl-run", str(run_file), "--global-batch-size", "8", "--lr", options.lr),
-            *("--lr-decay-style", "constant", "--save", str(folder), "--load", str(folder)),
-            *("--save-interval", "25", "--pretrained-checkpoint", str(base(options, seed))),
+            *("--seq-length", str(RL_SEQ_LENGTH), "--save-interval", "25"),
+            *("--save", str(folder), "--load", str(folder)),
+            *("--pretrained-checkpoint", str(start)),
         ]
         train(flags, options.out / f"{name}.log", "megatron_k2.training.rl")
     lines = (folder / "rl" / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
-def held_out(lines: list[dict[str, Any]], env: str) -> list[tuple[int, float, float, float]]:
-    """Return (step, accuracy, low, high) of each evaluation of an environment."""
+Points = list[tuple[int, float, float, float]]  # step, share, and its 95 % interval
+
+
+def critic_figure(lines: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+    """Return (step, value) of each measurement of the critic on held-out pairs."""
+    figures = [(line["step"], line.get("critic", {})) for line in lines if line["kind"] == "train"]
+    key = f"held_out/{name}"
+    return [(step, one[key]) for step, one in figures if key in one]
+
+
+def pairs_won(lines: list[dict[str, Any]]) -> Points:
+    """Return the share of held-out pairs that are judged rightly in both orders."""
+    names = ("pairs_won", "pairs_won_low", "pairs_won_high")
+    shares, lows, highs = (critic_figure(lines, name) for name in names)
+    return [
+        (step, share, low, high)
+        for (step, share), (_, low), (_, high) in zip(shares, lows, highs, strict=True)
+    ]
+
+
+def solved(lines: list[dict[str, Any]], env: str) -> Points:
+    """Return the accuracy of each evaluation of an environment."""
     found = [(line["step"], line["by_env"][env]) for line in lines if line["kind"] == "evaluation"]
     return [(step, one["accuracy"], one["low"], one["high"]) for step, one in found]
 
 
 def draw(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Draw held-out accuracy of both environments with 95 % intervals; write a PNG."""
+    """Draw held-out accuracies with 95 % intervals; write a PNG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    titles = {"critic_pairs": "all verdicts right", "reasoning": "word spelt backward"}
-    for axes, (env, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
+    figure = Figure(figsize=(14, 4), layout="constrained")
+    shown = {
+        "pairs won in both orders": pairs_won,
+        "one comparison": lambda lines: solved(lines, "critic_pairs"),
+        "word spelt backward": lambda lines: solved(lines, "reasoning"),
+    }
+    for axes, (title, points) in zip(figure.subplots(1, 3), shown.items(), strict=True):
         for name, lines in results.items():
-            steps, means, lows, highs = zip(*held_out(lines, env), strict=True)
+            steps, means, lows, highs = zip(*points(lines), strict=True)
             below = [mean - low for mean, low in zip(means, lows, strict=True)]
             above = [high - mean for mean, high in zip(means, highs, strict=True)]
             axes.errorbar(steps, means, (below, above), capsize=3, marker="o", label=name)
-        axes.set(xlabel="step", ylabel="held-out tasks, greedy (95 % Wilson)", title=title)
+        axes.set(xlabel="step", ylabel="held out, greedy (95 % Wilson)", title=title)
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
 
-def main() -> int:
-    """Run everything and print a table, and a line of JSON."""
+def parser() -> argparse.ArgumentParser:
+    """Return the command line's parser."""
     found = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = found.add_argument
     add("--out", type=Path, required=True)
     add("--seeds", type=int, default=3)
-    add("--steps", type=int, default=75, help="of RL")
-    add("--groups", type=int, default=32, help="prompts a step, of both kinds together")
-    add("--pairs", type=int, default=1, help="of a critic's task, each in both orders")
-    add("--mistakes", choices=("one", "all"), default="all", help="letters of wrong answers")
-    add("--held-out", type=int, default=128, help="tasks of each environment")
-    add("--sft-items", type=int, default=2000, help="of words, and of critic tasks")
-    add("--sft-steps", type=int, default=400)
-    add("--lr", default="5e-4", help="of RL, MuonClip")
+    add("--first-seed", type=int, default=1)
+    add("--steps", type=int, default=81, help="of RL")
+    add("--groups", type=int, default=192, help="prompts a step, of both kinds together")
+    add("--samples", type=int, default=4, help="answers a prompt")
+    add("--tasks", type=int, default=20000, help="of each kind that prompts are drawn from")
+    add("--own-tasks", type=int, default=16, help="critic tasks a step from the policy's words")
+    add("--held-out", type=int, default=400, help="tasks of each environment, and pairs")
+    add("--looks", type=int, default=200, help="pairs that tell when fine-tuning stops")
+    add("--sft-words", type=int, default=3000)
+    add("--sft-pairs", type=int, default=6000)
+    add("--sft-first", type=int, default=700, help="steps before the first look")
+    add("--sft-steps", type=int, default=2000, help="at most; the learning rate falls to 0 there")
+    add("--lr", default="8e-4", help="of RL, MuonClip; falls to 0")
     add("--workers", type=int, default=2, help="runs at once, a thread each")
-    options = found.parse_args()
+    return found
+
+
+def main() -> int:
+    """Run everything and print a table, and a line of JSON."""
+    options = parser().parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
     write_data(options)
-    seeds = list(range(1, options.seeds + 1))
-    wanted = [*((seed, False) for seed in seeds), (1, True)]
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    wanted = [*((seed, False) for seed in seeds), (options.first_seed, True)]
     with ThreadPoolExecutor(options.workers) as pool:
-        list(pool.map(lambda seed: base(options, seed), seeds))
-        played = list(pool.map(lambda one: play(options, *one), wanted))
-    names = [f"shuffled rewards, seed {s}" if shuffled else f"seed {s}" for s, shuffled in wanted]
+        bases = {seed: pool.submit(base, options, seed) for seed in seeds}
+
+        def run(one: tuple[int, bool]) -> list[dict[str, Any]]:
+            seed, is_shuffled = one
+            start = bases[seed].result()  # begun before: nobody waits for what waits for him
+            name = f"shuffled-{seed}" if is_shuffled else f"seed-{seed}"
+            return run_rl(options, name, seed, start, options.steps, is_shuffled)
+
+        played = list(pool.map(run, wanted))
+    names = [f"shuffled rewards {s}" if shuffled else f"seed {s}" for s, shuffled in wanted]
     results = dict(zip(names, played, strict=True))
     draw(results, options.out / "critic.png")
-    print(f"{'run':26} {'before':>8} {'after':>8} {'gain':>8}")
+    print(f"{'run':20} {'pairs won':>16} {'one comparison':>16} {'words':>16}   tokens an answer")
     gains = {}
     for name, lines in results.items():
-        points = held_out(lines, "critic_pairs")
-        gains[name] = round(points[-1][1] - points[0][1], 4)
-        print(f"{name:26} {points[0][1]:8.3f} {points[-1][1]:8.3f} {gains[name]:+8.3f}")
-    print(json.dumps({"gains": gains, "steps": options.steps}))
+        measured = (pairs_won(lines), solved(lines, "critic_pairs"), solved(lines, "reasoning"))
+        cells = [f"{points[0][1]:.3f} -> {points[-1][1]:.3f}" for points in measured]
+        said = [line["length"] for line in lines if line["kind"] == "train"]
+        print(f"{name:20} {' '.join(f'{cell:>16}' for cell in cells)}", end="   ")
+        print(f"{said[0]:.1f} -> {said[-1]:.1f}")
+        gains[name] = round(measured[0][-1][1] - measured[0][0][1], 4)
+    rose = [gain for name, gain in gains.items() if name.startswith("seed")]
+    report = {"gains": gains, "mean": round(sum(rose) / len(rose), 4), "steps": options.steps}
+    report["wall_s"] = round(time.monotonic() - began)
+    report["holds"] = bool(
+        min(rose) >= LEAST_GAIN and gains[f"shuffled rewards {seeds[0]}"] <= NOISE
+    )
+    print(json.dumps(report))
     return 0
 
 

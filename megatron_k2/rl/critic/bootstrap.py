@@ -60,25 +60,25 @@ def pair_rows(
         pairs_per_row: 0: one comparison a row, as a tournament asks; else so many pairs in both
             orders, as ``critic_pairs`` asks.
         seed: of their order.
-        shows_work: the right answers stand before the JSON, which may follow thoughts: a small
-            model that can solve the task then only has to compare.
+        shows_work: the right answers stand before the JSON, which may follow thoughts, in the
+            prompt's words (``work``): a small model that can solve the task then only compares.
     """
     brief = brief or correctness()
     if not pairs_per_row:
         for pair in pairs:
             one = Comparison(pair.question, pair.right, pair.wrong)
             verdict = PairVerdict("A", {brief.rubrics[0].name: "A"})
-            work = f"{pair.right}\n" if shows_work else ""
-            yield _row(brief, one, verdict, work)
-            yield _row(brief, one.swapped(), mirrored(verdict), work)
+            for order, said in ((one, verdict), (one.swapped(), mirrored(verdict))):
+                work = brief.work([(pair.right, said.better)]) if shows_work else ""
+                yield _row(brief, order, said, work)
         return
     for start in range(0, len(pairs) - pairs_per_row + 1, pairs_per_row):
         part = pairs[start : start + pairs_per_row]
         task = make_task(part, brief, f"{seed} {start}")
-        order = dict.fromkeys(task.metadata["pairs"]) if shows_work else ()
-        work = "".join(f"{part[at].right}\n" for at in order)
-        said = {"role": "assistant", "content": work + gold_answer(task)}
-        yield {"messages": [*task.messages, said]}
+        sides = zip(task.metadata["pairs"], task.metadata["expected"], strict=True)
+        work = brief.work([(part[at].right, side) for at, side in sides]) if shows_work else ""
+        answer = {"role": "assistant", "content": work + gold_answer(task)}
+        yield {"messages": [*task.messages, answer]}
 
 
 def mirrored(verdict: PairVerdict) -> PairVerdict:

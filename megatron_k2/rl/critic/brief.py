@@ -8,17 +8,23 @@ several (see ``environment.py``), in the same words.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
 from megatron_k2.data.rephrase.prompts import fill
 from megatron_k2.inputs import read_toml
 from megatron_k2.rl.critic.rubrics import Rubric, load_rubrics
-from megatron_k2.rl.critic.verdicts import PairVerdict, answer_form, read_verdicts, write_verdicts
+from megatron_k2.rl.critic.verdicts import (
+    PairVerdict,
+    Side,
+    answer_form,
+    read_verdicts,
+    write_verdicts,
+)
 
-OURS = ("pairwise", "compact")
+OURS = ("pairwise", "compact", "label_last")
 _KEYS = ("name", "system", "user", "rubric", "comparison")
 
 
@@ -37,7 +43,12 @@ class Comparison:
 
 @dataclass(frozen=True)
 class CriticPrompt:
-    """The words around comparisons; see ``prompts/pairwise.toml``."""
+    """The words around comparisons; see ``prompts/pairwise.toml``.
+
+    Attributes:
+        work: how a shown answer begins before its JSON, a line a comparison, with {answer} (the
+            right one) and {side}; see ``bootstrap.pair_rows``. Nothing a critic is told.
+    """
 
     name: str
     version: int
@@ -45,6 +56,7 @@ class CriticPrompt:
     user: str
     rubric: str
     comparison: str
+    work: str = field(default="{answer}", repr=False)
 
     @property
     def id(self) -> str:
@@ -56,7 +68,7 @@ def load_prompt(name: str | Path = "pairwise") -> CriticPrompt:
     """Read a prompt.
 
     Args:
-        name: ``pairwise``, ``compact``, or a TOML file of the same keys.
+        name: ``pairwise``, ``compact``, ``label_last``, or a TOML file of the same keys.
 
     Raises:
         ValueError: it is not there, or a key is missing.
@@ -64,10 +76,11 @@ def load_prompt(name: str | Path = "pairwise") -> CriticPrompt:
     packaged = resources.files(__package__) / "prompts" / f"{name}.toml"
     path = Path(str(packaged)) if name in OURS else Path(name)
     table = read_toml(path)
-    missing = [key for key in _KEYS if not isinstance(table.get(key), str)]
+    table.setdefault("work", "{answer}")
+    missing = [key for key in (*_KEYS, "work") if not isinstance(table.get(key), str)]
     if missing or not isinstance(table.get("version"), int):
         raise ValueError(f"{path}: {(missing or ['version'])[0]} is missing")
-    return CriticPrompt(version=table["version"], **{key: table[key] for key in _KEYS})
+    return CriticPrompt(version=table["version"], **{key: table[key] for key in (*_KEYS, "work")})
 
 
 @dataclass(frozen=True)
@@ -113,6 +126,14 @@ class Brief:
     def write(self, verdicts: Sequence[PairVerdict]) -> str:
         """Return the answer that says these verdicts."""
         return write_verdicts(verdicts, self.rubrics)
+
+    def work(self, shown: Iterable[tuple[str, Side]]) -> str:
+        """Return the work before the JSON: (right answer, where it stands) of each comparison.
+
+        Equal lines stand once: of a pair in both orders, where the side is not told.
+        """
+        lines = [fill(self.prompt.work, {"answer": text, "side": side}) for text, side in shown]
+        return "".join(f"{line}\n" for line in dict.fromkeys(lines))
 
     def _line(self, rubric: Rubric) -> str:
         kind = "mandatory" if rubric.mandatory else "weighed"

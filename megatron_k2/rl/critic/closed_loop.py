@@ -15,6 +15,7 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_k2.gym.base import Task
+from megatron_k2.rl.bounds import least
 from megatron_k2.rl.critic.brief import Brief, correctness
 from megatron_k2.rl.critic.groups import answer_of, question_of
 from megatron_k2.rl.critic.pair_tasks import (
@@ -33,7 +34,7 @@ class CriticPairs:
     Args:
         brief: of the tasks; ``correctness()`` by default, ``correctness("compact")`` for small
             models.
-        pairs_per_task: see ``pair_tasks``.
+        pairs_per_task: in both orders; 0: one comparison a task; see ``pair_tasks``.
         pairs_per_group: of one group at most; each answer is in one pair of a group only.
         capacity: pairs kept; the oldest go first, being the oldest policy's.
         uses: draws after which a pair goes.
@@ -47,12 +48,13 @@ class CriticPairs:
         capacity: int = 4096,
         uses: int = 4,
     ) -> None:
+        least("pairs_per_task", pairs_per_task, 0)
         for name, value in (
-            *(("pairs_per_task", pairs_per_task), ("pairs_per_group", pairs_per_group)),
-            *(("capacity", capacity), ("uses", uses)),
+            ("pairs_per_group", pairs_per_group),
+            ("capacity", capacity),
+            ("uses", uses),
         ):
-            if value < 1:
-                raise ValueError(f"{name} {value} must be 1 or more")
+            least(name, value, 1)
         self._brief = brief or correctness()
         self._per_task, self._per_group = pairs_per_task, pairs_per_group
         self._capacity, self._uses = capacity, uses
@@ -86,12 +88,14 @@ class CriticPairs:
         roll = random.Random(f"{seed} {self._drawn}")
         chosen = list(self._pairs)
         roll.shuffle(chosen)
-        whole = min(num_tasks, len(chosen) // self._per_task)
+        size = max(1, self._per_task)
+        whole = min(num_tasks, len(chosen) // size)
         tasks = []
         for at in range(whole):
-            ids = chosen[at * self._per_task : (at + 1) * self._per_task]
+            ids = chosen[at * size : (at + 1) * size]
             pairs = [self._pairs[one] for one in ids]
-            tasks.append(make_task(pairs, self._brief, f"{seed} {self._drawn + at}"))
+            name = f"{seed} {self._drawn + at}"
+            tasks.append(make_task(pairs, self._brief, name, both_orders=self._per_task > 0))
             for one in ids:
                 self._used[one] += 1
                 if self._used[one] >= self._uses:

@@ -71,7 +71,11 @@ def parser() -> argparse.ArgumentParser:
     add = made.add_argument
     add("--pairs", type=Path, required=True, help="JSONL: prompt, chosen, rejected")
     add("--output", type=Path, required=True, help="JSONL of messages")
-    add("--prompt", default="pairwise", help="pairwise (default), compact, or a TOML file")
+    add(
+        "--prompt",
+        default="pairwise",
+        help="pairwise (default), compact, label_last, or a TOML file",
+    )
     add(
         "--rubrics", nargs="+", default=["core", "prescriptive"],
         help="core, prescriptive, correctness, or TOML files; those that pairs may label",

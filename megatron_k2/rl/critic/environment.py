@@ -15,6 +15,7 @@ from typing import ClassVar, cast, get_args
 
 from megatron_k2.gym.base import Answer, SingleTurn, Task, Verdict, judged
 from megatron_k2.gym.splits import check_split
+from megatron_k2.rl.bounds import least
 from megatron_k2.rl.critic.brief import correctness
 from megatron_k2.rl.critic.pair_tasks import ENVIRONMENT, PAIRS_PER_TASK, gold_answer, make_task
 from megatron_k2.rl.critic.rubrics import Rubric
@@ -47,8 +48,8 @@ class CriticPairsEnvironment(SingleTurn):
             split: ``train`` or ``test``.
             num_tasks: None: 512 or 128.
             seed: of the words.
-            prompt: ``pairwise``, ``compact``, or a TOML file.
-            pairs: of a task.
+            prompt: ``pairwise``, ``compact``, ``label_last``, or a TOML file.
+            pairs: of a task, each in both orders; 0: one comparison, as a tournament asks.
             question: with {word}, once; a short one for models of a short context.
             mistakes: ``one`` in a wrong answer, or ``all`` of its letters, a first lesson.
 
@@ -57,8 +58,7 @@ class CriticPairsEnvironment(SingleTurn):
                 mistakes.
         """
         check_split(split)
-        if pairs < 1:
-            raise ValueError(f"pairs {pairs} must be 1 or more")
+        least("pairs", pairs, 0)
         if mistakes not in get_args(Mistakes):
             raise ValueError(f"mistakes {mistakes!r} is none of {', '.join(get_args(Mistakes))}")
         if "{word}" not in question:
@@ -69,7 +69,10 @@ class CriticPairsEnvironment(SingleTurn):
         kind = cast(Mistakes, mistakes)
         return [
             make_task(
-                made_pairs(pairs, split, roll, question, kind), brief, f"{split} {seed} {number}"
+                made_pairs(max(1, pairs), split, roll, question, kind),
+                brief,
+                f"{split} {seed} {number}",
+                both_orders=pairs > 0,
             )
             for number in range(wanted)
         ]

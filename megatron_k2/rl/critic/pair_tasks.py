@@ -4,6 +4,8 @@ A task shows several pairs, each in both orders, shuffled, and asks for all verd
 the words are those of a tournament (``brief.py``), which asks for one comparison at a time. Why
 several: one comparison is won by guessing half of the time. With three pairs, six comparisons, a
 guess is right once in 64, one that mirrors its own guesses once in 8, one that always says A never.
+0 pairs a task stand for one comparison, a pair in one order: what a tournament asks, and what a
+model can learn that finds no way through two orders side by side.
 """
 
 from __future__ import annotations
@@ -49,23 +51,25 @@ class Shown:
     expected: Side
 
 
-def shown(pairs: Sequence[Pair], roll: random.Random) -> list[Shown]:
-    """Return all pairs in both orders, shuffled."""
+def shown(pairs: Sequence[Pair], roll: random.Random, both_orders: bool = True) -> list[Shown]:
+    """Return all pairs in both orders, or each in a drawn one, shuffled."""
     found = []
     for at, pair in enumerate(pairs):
         right_first = Comparison(pair.question, pair.right, pair.wrong)
-        found += [Shown(at, right_first, "A"), Shown(at, right_first.swapped(), "B")]
+        orders = [Shown(at, right_first, "A"), Shown(at, right_first.swapped(), "B")]
+        found += orders if both_orders else [roll.choice(orders)]
     roll.shuffle(found)
     return found
 
 
-def make_task(pairs: Sequence[Pair], brief: Brief, seed: str) -> Task:
+def make_task(pairs: Sequence[Pair], brief: Brief, seed: str, both_orders: bool = True) -> Task:
     """Return the task of some pairs.
 
     Args:
         pairs: one or more.
         brief: with one weighed rubric, as ``brief.correctness`` gives it.
         seed: of the order of the comparisons; part of the id.
+        both_orders: of each pair; else one, drawn by the seed.
 
     Raises:
         ValueError: no pairs, or other rubrics, of which the right verdicts are not known.
@@ -76,7 +80,7 @@ def make_task(pairs: Sequence[Pair], brief: Brief, seed: str) -> Task:
         raise ValueError("critic_pairs are judged by one weighed rubric: correctness")
     content = json.dumps([seed, brief.hash, [one.id for one in pairs]])
     id = hashlib.blake2b(content.encode(), digest_size=10).hexdigest()
-    sides = shown(pairs, random.Random(id))
+    sides = shown(pairs, random.Random(id), both_orders)
     sources = sorted({one.source for one in pairs if one.source})
     return Task(
         id,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_k2.data.dialogues.command import preprocess
 from megatron_k2.rl.critic.bootstrap import PREFERRED, pair_rows, preference_rows
-from megatron_k2.rl.critic.brief import Brief, load_prompt
+from megatron_k2.rl.critic.brief import Brief, correctness, load_prompt
 from megatron_k2.rl.critic.command import critic_rows
 from megatron_k2.rl.critic.rubrics import load_rubrics
 from megatron_k2.rl.critic.spelled import made_pairs
@@ -82,6 +83,20 @@ def test_the_right_answers_may_stand_before_the_json(packed: int) -> None:
         *words, json_text = work.split("\n")
         assert json_text == said and set(words) <= {one.right for one in pairs}
         assert len(words) == max(1, packed)
+
+
+def test_work_in_the_prompt_s_words_ends_in_the_letter_that_stands_behind_the_answer() -> None:
+    brief = correctness("label_last")
+    (pair,) = made_pairs(1, "train", random.Random(1))
+    for row in pair_rows([pair], brief, shows_work=True):
+        asked, said = (row["messages"][at]["content"] for at in (-2, -1))
+        work, json_text = said.split("\n")
+        side = json.loads(json_text)["verdicts"][0]
+        assert work == f"{pair.right} {side}" and f"\n{work}" in asked
+    (both,) = pair_rows([pair], brief, 1, shows_work=True)
+    *lines, _ = both["messages"][-1]["content"].split("\n")
+    assert sorted(lines) == [f"{pair.right} A", f"{pair.right} B"]
+    assert brief.hash == replace(brief, prompt=replace(brief.prompt, work="")).hash  # not told
 
 
 def test_the_tool_writes_rows_that_preprocess_sft_reads(tmp_path: Path, capsys) -> None:

@@ -25,6 +25,7 @@ from megatron_k2.rl.critic.watch import CriticDiverged, Watch
 from tests.unit.rl.critic.critic_setting import BRIEF, group, prefers, say
 
 KIND = environment("critic_pairs")
+PAIRS = made_pairs(20, "train", random.Random(3))
 
 
 def word_of(question: str) -> str:
@@ -84,6 +85,22 @@ def test_first_lessons_have_a_mistake_in_every_letter() -> None:
     assert words != KIND.load("test", 4, pairs=1)
     with pytest.raises(ValueError, match="'many' is none of one, all"):
         KIND.load("test", 1, mistakes="many")
+
+
+def test_one_comparison_a_task_is_what_a_tournament_asks() -> None:
+    tasks = KIND.load("test", 60, pairs=0)
+    expected = [task.metadata["expected"] for task in tasks]
+    assert {len(sides) for sides in expected} == {1}
+    assert 20 <= sum(sides == ["A"] for sides in expected) <= 40  # either order, by the seed
+    asked = [BRIEF.messages([Comparison(p.question, p.right, p.wrong)]) for p in PAIRS]
+    source = CriticPairs(BRIEF, pairs_per_task=0, uses=1)
+    source.load_state_dict({"pairs": [asdict(p) | {"used": 0} for p in PAIRS], "drawn": 0})
+    drawn = source.draw(len(PAIRS) + 1, seed=1)
+    assert len(drawn) == len(PAIRS) and len(source) == 0
+    same = [list(task.messages) in asked for task in drawn]
+    assert same == [task.metadata["expected"] == ["A"] for task in drawn] and 0 < sum(same) < 20
+    with pytest.raises(ValueError, match="pairs -1 must be 0 or more"):
+        KIND.load("test", 1, pairs=-1)
 
 
 def test_the_critic_of_a_tournament_reads_the_same_words() -> None:
