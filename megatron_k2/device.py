@@ -97,8 +97,12 @@ def keep_freed_memory(threshold_bytes: int = 1 << 30) -> bool:
     return bool(mallopt(-3, threshold_bytes) and mallopt(-1, min(2 * threshold_bytes, 2**31 - 1)))
 
 
-def describe_host() -> str:
-    """Return one line on the host: cores, threads a process, and the bf16 unit found."""
+def describe_host(threads: int | None = None) -> str:
+    """Return one line on the host: cores, threads a process, and the bf16 unit found.
+
+    Args:
+        threads: of this process; ``num_threads()`` if None.
+    """
     if torch.cpu._is_amx_tile_supported():
         unit = "bf16 through AMX"
     elif torch.cpu._is_avx512_bf16_supported():
@@ -106,4 +110,5 @@ def describe_host() -> str:
     else:
         unit = "no bf16 unit (bf16 runs, slowly; fp32 is the default)"
     cores = len(os.sched_getaffinity(0))
-    return f"CPU, {cores} cores, {num_threads()} threads a process, {unit}"
+    threads = num_threads() if threads is None else threads
+    return f"CPU, {cores} cores, {threads} thread{'s' * (threads != 1)} a process, {unit}"

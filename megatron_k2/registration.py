@@ -90,7 +90,10 @@ def register(device_name: str | None = None, argv: Sequence[str] | None = None) 
 
 def describe(registration: Registration) -> str:
     """Return the line that names the Megatron in use, the device and the number of patches."""
-    where = device.describe_host() if registration.device == "cpu" else torch.cuda.get_device_name()
+    if registration.device == "cpu":
+        where = device.describe_host(torch.get_num_threads())  # as set by --k2-threads
+    else:
+        where = torch.cuda.get_device_name()
     return (
         f"megatron_k2: Megatron-Core {registration.megatron_version} from "
         f"{registration.megatron_root}; {where}; torch {torch.__version__}; "

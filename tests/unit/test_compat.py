@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from megatron_k2 import compat
+from megatron_k2 import compat, registration
 
 
 @pytest.fixture(autouse=True)
@@ -162,3 +163,9 @@ def test_an_absent_package_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_unknown_optional_package_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match="'flash' is unknown; known: transformer_engine, apex"):
         compat.optional("flash")
+
+
+def test_the_first_line_of_a_run_tells_the_threads_it_has() -> None:
+    here = registration.Registration("cpu", Path("x"), "0.19", ())
+    threads = torch.get_num_threads()
+    assert f", {threads} thread{'s' * (threads != 1)} a process, " in registration.describe(here)
