@@ -191,9 +191,9 @@ def _load(kind: type[Environment], args: argparse.Namespace) -> Sequence[Task]:
         if not isinstance(options, dict):
             raise TypeError("no JSON object")
         check_options(kind.load, options)
+        return kind.load(args.split, args.num, args.seed, **options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"--options {args.options} for {kind.name}: {error}") from error
-    return kind.load(args.split, args.num, args.seed, **options)
 
 
 @asynccontextmanager

@@ -47,6 +47,8 @@ class CriticRules:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        if not self.rubrics:
+            raise ValueError("rubrics: one or more are needed, or leave the key out")
         for name in ("tasks", "accuracy_every", "pairs_per_task"):
             least(name, getattr(self, name), 0)
         for name in ("max_tokens", "accuracy_tasks", "watch_every"):

@@ -34,6 +34,7 @@ RL_DEFAULTS: dict[str, Any] = {
     "moe_aux_loss_coeff": 0.0,
     "override_opt_param_scheduler": True,
     "ckpt_assume_constant_structure": True,
+    "save_interval": 25,  # upstream wants one beside --save; a step of RL is long
 }
 """Laid over the preset's; an explicit flag wins."""
 

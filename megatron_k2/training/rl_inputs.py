@@ -12,7 +12,7 @@ from typing import Any
 from megatron_k2.chat.kimi import KimiFormat
 from megatron_k2.gym.base import Task
 from megatron_k2.inputs import UsageError
-from megatron_k2.rl.critic.in_run import check_critic_files
+from megatron_k2.rl.critic.in_run import check_critic
 from megatron_k2.rl.curation.sampler import TaskSource
 from megatron_k2.rl.ptx import PtxRows
 from megatron_k2.rl.run_tables import Run
@@ -59,15 +59,16 @@ def read_inputs(run: Run, args: Any) -> Inputs:
     )
     services.check(kinds)
     chat_format = _chat_format(args)
+    trained = tuple(prompts(run))
     try:
-        check_critic_files(run.critic)
+        check_critic(run.critic, (task for one in trained for task in one.tasks))
     except ValueError as error:
         raise UsageError(f"--k2-rl-run: [critic] {error}") from error
     rules, asks = run.critic, run.evaluation
     wants_pairs = rules.accuracy_every and not rules.accuracy_pairs
     return Inputs(
         chat_format,
-        tuple(prompts(run)),
+        trained,
         tuple(held_out(run, asks.tasks)) if asks.every else (),
         tuple(held_out(run, rules.accuracy_tasks)) if wants_pairs else (),
         PtxRows(run.ptx.data, run.ptx.rows, args.seq_length, run.seed) if run.ptx.data else None,

@@ -167,5 +167,10 @@ def test_an_unknown_optional_package_is_refused_with_the_known_ones() -> None:
 
 def test_the_first_line_of_a_run_tells_the_threads_it_has() -> None:
     here = registration.Registration("cpu", Path("x"), "0.19", ())
-    threads = torch.get_num_threads()
-    assert f", {threads} thread{'s' * (threads != 1)} a process, " in registration.describe(here)
+    before = torch.get_num_threads()
+    try:
+        for threads, said in ((3, ", 3 threads a process, "), (1, ", 1 thread a process, ")):
+            torch.set_num_threads(threads)
+            assert said in registration.describe(here)
+    finally:
+        torch.set_num_threads(before)

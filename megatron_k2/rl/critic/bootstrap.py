@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_k2.gym.base import Task
 from megatron_k2.rl.critic.brief import Brief, Comparison, CriticPrompt, correctness
 from megatron_k2.rl.critic.json_lines import numbered_objects
 from megatron_k2.rl.critic.pair_tasks import Pair, gold_answer, make_task
@@ -36,9 +37,12 @@ def preference_rows(
         book: its rubrics that the pair labels are asked about.
 
     Raises:
-        ValueError: a field is missing, or a label is of no rubric of the book or none of its kind.
+        ValueError: a field is missing or empty, both answers are the same, a label is of no rubric
+            of the book or none of its kind, or the prompt cannot ask for these rubrics.
     """
     chosen, rejected = _text(pair, "chosen"), _text(pair, "rejected")
+    if chosen == rejected:
+        raise ValueError("chosen and rejected are the same text: neither is better")
     rubrics, verdict = _labelled(pair.get("rubrics") or {}, book)
     brief = Brief(prompt, rubrics)
     one = Comparison(_question(pair.get("prompt")), chosen, rejected)
@@ -69,16 +73,22 @@ def pair_rows(
             one = Comparison(pair.question, pair.right, pair.wrong)
             verdict = PairVerdict("A", {brief.rubrics[0].name: "A"})
             for order, said in ((one, verdict), (one.swapped(), mirrored(verdict))):
-                work = brief.work([(pair.right, said.better)]) if shows_work else ""
+                work = f"{brief.work(pair.right, said.better)}\n" if shows_work else ""
                 yield _row(brief, order, said, work)
         return
     for start in range(0, len(pairs) - pairs_per_row + 1, pairs_per_row):
         part = pairs[start : start + pairs_per_row]
         task = make_task(part, brief, f"{seed} {start}")
-        sides = zip(task.metadata["pairs"], task.metadata["expected"], strict=True)
-        work = brief.work([(part[at].right, side) for at, side in sides]) if shows_work else ""
+        work = _work(task, part, brief) if shows_work else ""
         answer = {"role": "assistant", "content": work + gold_answer(task)}
         yield {"messages": [*task.messages, answer]}
+
+
+def _work(task: Task, pairs: Sequence[Pair], brief: Brief) -> str:
+    """Return a line a comparison; of a pair's two orders one, where the side is not told."""
+    sides = zip(task.metadata["pairs"], task.metadata["expected"], strict=True)
+    lines = dict.fromkeys((at, brief.work(pairs[at].right, side)) for at, side in sides)
+    return "".join(f"{line}\n" for _, line in lines)
 
 
 def mirrored(verdict: PairVerdict) -> PairVerdict:
@@ -136,19 +146,20 @@ def _row(brief: Brief, one: Comparison, verdict: PairVerdict, work: str = "") ->
 
 
 def _question(prompt: Any) -> str:
-    if isinstance(prompt, str) and prompt:
+    if isinstance(prompt, str) and prompt.strip():
         return prompt
-    if isinstance(prompt, list) and prompt and all(isinstance(one, Mapping) for one in prompt):
-        if len(prompt) == 1:
-            return str(prompt[0].get("content") or "")
-        return "\n\n".join(f"{one.get('role')}: {one.get('content') or ''}" for one in prompt)
-    raise ValueError("prompt: a text or messages are needed")
+    if isinstance(prompt, list) and all(isinstance(one, Mapping) for one in prompt):
+        said = [(one.get("role"), str(one.get("content") or "")) for one in prompt]
+        if any(content.strip() for _, content in said):
+            alone = said[0][1] if len(said) == 1 else ""
+            return alone or "\n\n".join(f"{role}: {content}" for role, content in said)
+    raise ValueError("prompt: a text or messages with content are needed")
 
 
 def _text(pair: Mapping[str, Any], key: str) -> str:
     value = pair.get(key)
     if isinstance(value, list) and value and isinstance(value[-1], Mapping):
         value = value[-1].get("content")  # some sets repeat the dialogue
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{key}: a text is needed, not {value!r:.40}")
     return value

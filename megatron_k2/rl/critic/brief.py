@@ -8,10 +8,12 @@ several (see ``environment.py``), in the same words.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from megatron_k2.data.rephrase.prompts import fill
 from megatron_k2.inputs import read_toml
@@ -20,12 +22,21 @@ from megatron_k2.rl.critic.verdicts import (
     PairVerdict,
     Side,
     answer_form,
+    is_plain,
     read_verdicts,
     write_verdicts,
 )
 
 OURS = ("pairwise", "compact", "label_last")
-_KEYS = ("name", "system", "user", "rubric", "comparison")
+_TOLD = ("rubrics", "form")
+_SLOTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "system": ((), ("comparisons", *_TOLD)),
+    "user": (("comparisons",), _TOLD),
+    "rubric": ((), ("name", "kind", "text")),
+    "comparison": (("question", "first", "second"), ("number", "mark")),
+    "work": ((), ("answer", "side")),
+}
+"""Texts of a prompt: slots that each must have, and those that it may have."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,11 @@ class CriticPrompt:
         """Name and version."""
         return f"{self.name}@{self.version}"
 
+    @property
+    def tells_rubrics(self) -> bool:
+        """Whether a critic is told rubrics and the form of its answer."""
+        return all(f"{{{one}}}" in self.system + self.user for one in _TOLD)
+
 
 def load_prompt(name: str | Path = "pairwise") -> CriticPrompt:
     """Read a prompt.
@@ -71,24 +87,62 @@ def load_prompt(name: str | Path = "pairwise") -> CriticPrompt:
         name: ``pairwise``, ``compact``, ``label_last``, or a TOML file of the same keys.
 
     Raises:
-        ValueError: it is not there, or a key is missing.
+        ValueError: it is not there, or a key or a slot is missing or unknown.
     """
     packaged = resources.files(__package__) / "prompts" / f"{name}.toml"
     path = Path(str(packaged)) if name in OURS else Path(name)
+    if not path.is_file():
+        raise ValueError(f"prompt {str(name)!r} is none of {', '.join(OURS)}, and no file")
     table = read_toml(path)
-    table.setdefault("work", "{answer}")
-    missing = [key for key in (*_KEYS, "work") if not isinstance(table.get(key), str)]
-    if missing or not isinstance(table.get("version"), int):
-        raise ValueError(f"{path}: {(missing or ['version'])[0]} is missing")
-    return CriticPrompt(version=table["version"], **{key: table[key] for key in (*_KEYS, "work")})
+    try:
+        return CriticPrompt(**_checked({"work": "{answer}"} | table))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _checked(table: dict[str, Any]) -> dict[str, Any]:
+    """Return a prompt's table; what a critic must see is in it, and no slot that nothing fills."""
+    if unknown := sorted(set(table) - {"name", "version", *_SLOTS}):
+        raise ValueError(f"{unknown[0]} is none of name, version, {', '.join(_SLOTS)}")
+    for key in ("name", "version", *_SLOTS):
+        if key not in table:
+            raise ValueError(f"{key} is missing")
+    if type(table["version"]) is not int:
+        raise ValueError(f"version {table['version']!r} is no whole number")
+    for key in ("name", *_SLOTS):
+        if not isinstance(table[key], str) or not (table[key] or key == "system"):
+            raise ValueError(f"{key} {table[key]!r} is no text")
+    for key, (wanted, more) in _SLOTS.items():
+        found = set(re.findall(r"\{(\w+)\}", table[key]))
+        if unknown := sorted(found - {*wanted, *more}):
+            slots = ", ".join(f"{{{one}}}" for one in (*wanted, *more))
+            raise ValueError(f"{key} has {{{unknown[0]}}}, which is none of {slots}")
+        if missing := sorted(set(wanted) - found):
+            raise ValueError(f"{key} has no {{{missing[0]}}}: a critic would not see it")
+    return table
 
 
 @dataclass(frozen=True)
 class Brief:
-    """A prompt and the rubrics to judge by, one or more."""
+    """A prompt and the rubrics to judge by, one or more.
+
+    Raises:
+        ValueError: no rubric, or the prompt tells none and there is more to know than one weighed.
+    """
 
     prompt: CriticPrompt
     rubrics: tuple[Rubric, ...]
+
+    def __post_init__(self) -> None:
+        """Check that a critic can know what it is asked."""
+        if not self.rubrics:
+            raise ValueError("there is no rubric to judge by")
+        if not (self.prompt.tells_rubrics or is_plain(self.rubrics)):
+            names = ", ".join(one.name for one in self.rubrics)
+            raise ValueError(
+                f"prompt {self.prompt.name} has no {{rubrics}} and {{form}}: it can ask for one "
+                f"weighed rubric alone, such as correctness, not for {names}"
+            )
 
     @property
     def hash(self) -> str:
@@ -127,13 +181,9 @@ class Brief:
         """Return the answer that says these verdicts."""
         return write_verdicts(verdicts, self.rubrics)
 
-    def work(self, shown: Iterable[tuple[str, Side]]) -> str:
-        """Return the work before the JSON: (right answer, where it stands) of each comparison.
-
-        Equal lines stand once: of a pair in both orders, where the side is not told.
-        """
-        lines = [fill(self.prompt.work, {"answer": text, "side": side}) for text, side in shown]
-        return "".join(f"{line}\n" for line in dict.fromkeys(lines))
+    def work(self, answer: str, side: Side) -> str:
+        """Return a line of work before the JSON: the right answer, and where it stands."""
+        return fill(self.prompt.work, {"answer": answer, "side": side})
 
     def _line(self, rubric: Rubric) -> str:
         kind = "mandatory" if rubric.mandatory else "weighed"

@@ -35,11 +35,11 @@ def critic_rows(argv: Sequence[str] | None = None) -> None:
     try:
         prompt = load_prompt(args.prompt)
     except ValueError as error:
-        raise ValueError(f"--prompt {args.prompt}: {error}") from error
+        raise ValueError(f"--prompt: {error}") from error
     try:
         book = load_rubrics(args.rubrics)
     except ValueError as error:
-        raise ValueError(f"--rubrics {' '.join(args.rubrics)}: {error}") from error
+        raise ValueError(f"--rubrics: {error}") from error
     rows: list[str] = []
     labelled = 0
     for number, pair in read_preferences(args.pairs):
@@ -52,8 +52,11 @@ def critic_rows(argv: Sequence[str] | None = None) -> None:
         labelled += bool(pair.get("rubrics"))
     if not rows:
         raise ValueError(f"--pairs {args.pairs}: no pair in it")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    publish_text(args.output, "\n".join(rows) + "\n")
+    try:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        publish_text(args.output, "\n".join(rows) + "\n")
+    except OSError as error:
+        raise ValueError(f"--output {args.output}: {error.strerror}") from error
     print(
         f"[critic] {len(rows) // 2:,} pairs ({labelled:,} with labels of rubrics), {len(rows):,} "
         f"rows in both orders, prompt {prompt.id}, rubrics {book.hash}: {args.output}"

@@ -72,12 +72,18 @@ def read_pairs(path: str) -> list[Pair]:
     """Return the pairs of a JSONL file of ``{"question", "right", "wrong"}``.
 
     Raises:
-        ValueError: it is not there, has none, or a line is not of that form; names the line.
+        ValueError: it is not there, has none, or a line is not of that form, has an empty text or
+            the same answer twice; names the line.
     """
     found = []
     for number, row in numbered_objects(Path(path), "accuracy_pairs"):
         try:
-            found.append(pair_from(row))
+            pair = pair_from(row)
+            if not (pair.question.strip() and pair.right.strip() and pair.wrong.strip()):
+                raise ValueError("question, right or wrong is empty")
+            if pair.right == pair.wrong:
+                raise ValueError("right and wrong are the same text: no critic can tell")
+            found.append(pair)
         except ValueError as error:
             raise ValueError(f"accuracy_pairs {path}, line {number}: {error}") from error
     if not found:

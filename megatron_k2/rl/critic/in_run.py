@@ -8,7 +8,7 @@ on held-out pairs is measured, and a frozen judge watches over a fixed sample, i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from megatron_k2.chat.format import ChatFormat
@@ -18,8 +18,9 @@ from megatron_k2.gym.services import Judge
 from megatron_k2.rl.critic.brief import Brief, correctness, load_prompt
 from megatron_k2.rl.critic.closed_loop import CriticPairs
 from megatron_k2.rl.critic.critics import CriticFailed, JudgeCritic, PolicyCritic
-from megatron_k2.rl.critic.groups import judge_ranked
+from megatron_k2.rl.critic.groups import RANKED, judge_ranked
 from megatron_k2.rl.critic.held_out import HeldOutPairs, Play, read_pairs
+from megatron_k2.rl.critic.pair_tasks import ENVIRONMENT
 from megatron_k2.rl.critic.rubrics import load_rubrics
 from megatron_k2.rl.critic.watch import Watch, read_comparisons
 from megatron_k2.rl.episode import Group
@@ -112,15 +113,36 @@ class RunCritic:
             self._held_out.load_state_dict(state["held_out"])
 
 
-def check_critic_files(rules: CriticRules) -> None:
-    """Read everything that the rules name, before a model is built.
+def check_critic(rules: CriticRules, tasks: Iterable[Task]) -> None:
+    """Read everything that the rules name, and see that it fits the run, before a model is built.
+
+    Args:
+        rules: of the run file.
+        tasks: that are trained.
 
     Raises:
-        ValueError: no such prompt or rubrics, or a file is not of its form; names the line.
+        ValueError: no such prompt or rubrics, a prompt that cannot ask for them, a task without a
+            rubric, nothing that pairs could come from, or a file that is not of its form; names the
+            key or the line.
     """
-    load_prompt(rules.prompt)
-    load_rubrics(rules.rubrics)
+    prompt, book = load_prompt(rules.prompt), load_rubrics(rules.rubrics)
+    has_pairs = False
+    for task in tasks:
+        if task.metadata.get(RANKED):
+            Brief(prompt, book.of(task))
+        else:
+            has_pairs = has_pairs or (task.env != ENVIRONMENT and not task.tools)
+    for key, value in (
+        ("tasks", rules.tasks),
+        ("accuracy_every", rules.accuracy_every and not rules.accuracy_pairs),
+    ):
+        if value and not has_pairs:
+            raise ValueError(
+                f"{key}: pairs come from verified answers without tools; no environment of "
+                f"the run has any ({ENVIRONMENT} and ranked prompts have not)"
+            )
     if rules.watch:
         read_comparisons(rules.watch)
+        Brief(prompt, book.rubrics)
     if rules.accuracy_pairs:
         read_pairs(rules.accuracy_pairs)

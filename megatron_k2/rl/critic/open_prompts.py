@@ -115,14 +115,16 @@ class RankedPrompts(OpenPrompts):
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"open_prompts file {path}: {error}") from error
+    except OSError as error:
+        raise ValueError(f"file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"file {path}: {error}") from error
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise ValueError(f"open_prompts file {path}, line {number}: {error}") from error
+                raise ValueError(f"file {path}, line {number}: {error}") from error
             if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-                raise ValueError(f"open_prompts file {path}, line {number}: prompt is a text")
+                raise ValueError(f"file {path}, line {number}: prompt is a text")
             yield row

@@ -107,9 +107,11 @@ def pair_from(row: Mapping[str, Any]) -> Pair:
     """Return the pair of a JSON object.
 
     Raises:
-        ValueError: a field is missing or none of a pair's.
+        ValueError: a field is missing, no text, or none of a pair's.
     """
+    if not all(isinstance(value, str) for value in row.values()):
+        raise ValueError(f"{dict(row)!r:.80}: a pair's question, right and wrong are texts")
     try:
-        return Pair(**{str(key): str(value) for key, value in row.items()})
+        return Pair(**row)
     except TypeError as error:
         raise ValueError(f"{dict(row)!r:.80} is no pair of question, right and wrong") from error

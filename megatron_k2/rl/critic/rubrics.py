@@ -81,7 +81,10 @@ def load_rubrics(names: Sequence[str | Path] = ("core", "prescriptive")) -> Rubr
     found: list[Rubric] = []
     for name in names:
         packaged = resources.files(__package__) / "rubrics" / f"{name}.toml"
-        found += _rubrics(Path(str(packaged)) if name in OURS else Path(name))
+        path = Path(str(packaged)) if name in OURS else Path(name)
+        if not path.is_file():
+            raise ValueError(f"rubrics {str(name)!r}: none of {', '.join(OURS)}, and no file")
+        found += _rubrics(path)
     seen = [one.name for one in found]
     if twice := sorted({name for name in seen if seen.count(name) > 1}):
         raise ValueError(f"rubric {twice[0]!r} is there twice, in {', '.join(map(str, names))}")

@@ -54,7 +54,7 @@ class PairVerdict:
 def answer_form(rubrics: Sequence[Rubric]) -> str:
     """Return the form of an answer, for the prompt."""
     side = '"A" or "B" or "tie"'
-    if _is_plain(rubrics):
+    if is_plain(rubrics):
         return f'{{"{VERDICTS}": [{side}]}}'
     mark = '"pass" or "fail"'
     parts = [
@@ -66,7 +66,7 @@ def answer_form(rubrics: Sequence[Rubric]) -> str:
 
 def write_verdicts(verdicts: Sequence[PairVerdict], rubrics: Sequence[Rubric]) -> str:
     """Return an answer in that form."""
-    if _is_plain(rubrics):
+    if is_plain(rubrics):
         return json.dumps({VERDICTS: [one.better for one in verdicts]})
     return json.dumps({VERDICTS: [_object(one, rubrics) for one in verdicts]})
 
@@ -94,7 +94,8 @@ def read_verdicts(
     return None
 
 
-def _is_plain(rubrics: Sequence[Rubric]) -> bool:
+def is_plain(rubrics: Sequence[Rubric]) -> bool:
+    """Return whether one weighed rubric is all there is: a verdict is its side alone."""
     return len(rubrics) == 1 and not rubrics[0].mandatory
 
 
@@ -119,7 +120,7 @@ def _read(given: Any, num_comparisons: int, rubrics: Sequence[Rubric]) -> list[P
 
 
 def _read_one(given: Any, rubrics: Sequence[Rubric]) -> PairVerdict:
-    if _is_plain(rubrics) and isinstance(given, str):
+    if is_plain(rubrics) and isinstance(given, str):
         side = _side(given)
         return PairVerdict(side, {rubrics[0].name: side})
     weighed = {one.name: _side(given[one.name]) for one in rubrics if not one.mandatory}

@@ -80,14 +80,18 @@ def read_comparisons(path: str) -> list[Comparison]:
     """Return the sample of a JSONL file of ``{"question", "first", "second"}``.
 
     Raises:
-        ValueError: it is not there, or a line is not of that form; names the line.
+        ValueError: it is not there, has none, or a line is not of that form; names the line.
     """
     found = []
     for number, value in numbered_objects(Path(path), "watch"):
-        try:
-            found.append(Comparison(*(value[key] for key in ("question", "first", "second"))))
-        except KeyError as error:
-            raise ValueError(f"watch {path}, line {number}: there is no {error}") from error
+        keys = ("question", "first", "second")
+        if {*value} != {*keys} or not all(isinstance(value[key], str) for key in keys):
+            raise ValueError(
+                f"watch {path}, line {number}: wanted are the texts {', '.join(keys)}, and no more"
+            )
+        found.append(Comparison(*(value[key] for key in keys)))
+    if not found:
+        raise ValueError(f"watch {path}: no comparison in it")
     return found
 
 

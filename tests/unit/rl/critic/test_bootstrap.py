@@ -13,6 +13,7 @@ from megatron_k2.data.dialogues.command import preprocess
 from megatron_k2.rl.critic.bootstrap import PREFERRED, pair_rows, preference_rows
 from megatron_k2.rl.critic.brief import Brief, correctness, load_prompt
 from megatron_k2.rl.critic.command import critic_rows
+from megatron_k2.rl.critic.pair_tasks import Pair
 from megatron_k2.rl.critic.rubrics import load_rubrics
 from megatron_k2.rl.critic.spelled import made_pairs
 from tests.unit.chat.kimi_files import write_tokenizer
@@ -83,6 +84,9 @@ def test_the_right_answers_may_stand_before_the_json(packed: int) -> None:
         *words, json_text = work.split("\n")
         assert json_text == said and set(words) <= {one.right for one in pairs}
         assert len(words) == max(1, packed)
+    twice = [Pair(f"{n}?", "4", "5") for n in range(2)]  # two pairs, one right answer
+    (row,) = pair_rows(twice, None, 2, shows_work=True)
+    assert row["messages"][-1]["content"].startswith("4\n4\n{")
 
 
 def test_work_in_the_prompt_s_words_ends_in_the_letter_that_stands_behind_the_answer() -> None:
@@ -113,6 +117,8 @@ def test_the_tool_writes_rows_that_preprocess_sft_reads(tmp_path: Path, capsys) 
     first = rows.read_bytes()
     critic_rows(["--pairs", str(pairs), "--output", str(rows)])
     assert rows.read_bytes() == first
+    with pytest.raises(ValueError, match=f"--output {tmp_path}: Is a directory"):
+        critic_rows(["--pairs", str(pairs), "--output", str(tmp_path)])
     folder = write_tokenizer(tmp_path / "kimi")
     preprocess(
         ["--input", str(rows), "--output-prefix", str(tmp_path / "out"), "--workers", "1",
@@ -123,9 +129,9 @@ def test_the_tool_writes_rows_that_preprocess_sft_reads(tmp_path: Path, capsys) 
     pairs.write_text('{"prompt": "a", "chosen": "b"}\n')
     with pytest.raises(ValueError, match=r"--pairs .*, line 1: rejected"):
         critic_rows(["--pairs", str(pairs), "--output", str(rows)])
-    with pytest.raises(ValueError, match="--prompt short: "):
+    with pytest.raises(ValueError, match=r"--prompt: .*short"):
         critic_rows(["--pairs", str(pairs), "--output", str(rows), "--prompt", "short"])
-    with pytest.raises(ValueError, match="--rubrics cor: "):
+    with pytest.raises(ValueError, match="--rubrics: rubrics 'cor': none"):
         critic_rows(["--pairs", str(pairs), "--output", str(rows), "--rubrics", "cor"])
     for labels, said in (
         ({"preferred": "chosen"}, "a pair without labels teaches 'preferred'"),
