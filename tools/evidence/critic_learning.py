@@ -4,13 +4,14 @@
 
 A k2-micro is fine-tuned on spelling words backward and on verdicts about such words, which of two
 answers is right; they show their work, the right word and the letter that stands behind it in the
-prompt. Fine-tuning stops when it begins to judge rightly (LEAST_BASE, on pairs of its own): that
-comes within some hundred steps, elsewhere with each seed. Then K2's objective trains both at once:
-reasoning-gym's spell_backward, critic_pairs with one comparison a task, as a tournament asks, and
-pairs of the policy's own right and wrong words (the closed loop). Many prompts of few samples: a
-verdict is one bit. Asked for: the share of held-out pairs judged rightly in both orders rises with
-every seed, and does not with shuffled rewards. No held-out word is in fine-tuning or RL. Finished
-runs are kept, so that a second start continues. The last line is JSON.
+prompt. Judging comes all at once, elsewhere with each seed: fine-tuning stops at the first look,
+one in a hundred steps, at which LEAST_BASE of the verdicts on training pairs that it does not see
+are right. Then K2's objective trains both at once: reasoning-gym's spell_backward, critic_pairs with
+one comparison a task, as a tournament asks, and pairs of the policy's own right and wrong words
+(the closed loop). Many prompts of few samples: a verdict is one bit. Asked for: the share of
+held-out pairs judged rightly in both orders rises with every seed; the control, the first seed with
+its rewards moved over each batch, does not. No held-out word is in fine-tuning or RL. Finished runs
+are kept, so that a second start continues. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ VOCAB_SIZE, SEQ_LENGTH = 572, 256
 RL_SEQ_LENGTH = 1024  # of packed rows: a row is a microbatch
 PROMPT, MISTAKES = "label_last", "all"
 BUDGET = 32  # tokens of an answer; a verdict with its work has 14
+# Ours: above a guess by more than its noise, with room for RL; as rl_learning.py asks of words.
 LEAST_BASE, EVERY = 0.6, 100  # verdicts right where fine-tuning stops; steps between looks
-CRITIC_WEIGHT = 5.0  # prompts of critic_pairs to one of a word
-LEAST_GAIN, NOISE = 0.08, 0.03  # of a seed; of the control at most
+LEAST_GAIN = 0.08  # of a seed
+CRITIC_WEIGHT = 5.0  # prompts of critic_pairs to one of a word: words are nearly learned
 FIXED = (
     "Spell this word backward (example: sun -> nus): ",
     *("system", "user", "assistant", SYSTEM),
@@ -245,7 +247,7 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True)
     add("--seeds", type=int, default=3)
     add("--first-seed", type=int, default=1)
-    add("--steps", type=int, default=81, help="of RL")
+    add("--steps", type=int, default=81, help="of RL; the critic is measured before a step")
     add("--groups", type=int, default=192, help="prompts a step, of both kinds together")
     add("--samples", type=int, default=4, help="answers a prompt")
     add("--tasks", type=int, default=20000, help="of each kind that prompts are drawn from")
@@ -263,7 +265,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Run everything and print a table, and a line of JSON."""
-    options = parser().parse_args()
+    found = parser()
+    options = found.parse_args()
+    if options.seeds < 1 or options.sft_first > options.sft_steps:
+        found.error("--seeds must be 1 or more, --sft-first at most --sft-steps")
+    if options.steps < 5 or options.steps % 4 != 1:
+        found.error(f"--steps {options.steps}: must be 5, 9, 13, ...; the last step is measured")
     options.out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     write_data(options)
@@ -294,9 +301,7 @@ def main() -> int:
     rose = [gain for name, gain in gains.items() if name.startswith("seed")]
     report = {"gains": gains, "mean": round(sum(rose) / len(rose), 4), "steps": options.steps}
     report["wall_s"] = round(time.monotonic() - began)
-    report["holds"] = bool(
-        min(rose) >= LEAST_GAIN and gains[f"shuffled rewards {seeds[0]}"] <= NOISE
-    )
+    report["holds"] = bool(min(rose) >= LEAST_GAIN and gains[f"shuffled rewards {seeds[0]}"] <= 0)
     print(json.dumps(report))
     return 0
 

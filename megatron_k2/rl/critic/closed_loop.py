@@ -32,7 +32,7 @@ class CriticPairs:
     """Pairs, newest last, and the tasks drawn from them.
 
     Args:
-        brief: of the tasks; ``correctness()`` by default, ``correctness("compact")`` for small
+        brief: of the tasks; ``correctness()`` by default, ``correctness("label_last")`` for small
             models.
         pairs_per_task: in both orders; 0: one comparison a task; see ``pair_tasks``.
         pairs_per_group: of one group at most; each answer is in one pair of a group only.

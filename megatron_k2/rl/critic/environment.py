@@ -26,7 +26,7 @@ NUM_TASKS = {"train": 512, "test": 128}
 
 
 class CriticPairsEnvironment(SingleTurn):
-    """Which of two answers is right, several times."""
+    """Which of two answers is right, several times or once."""
 
     name: ClassVar[str] = ENVIRONMENT
     budget: ClassVar[int] = 512
@@ -54,8 +54,8 @@ class CriticPairsEnvironment(SingleTurn):
             mistakes: ``one`` in a wrong answer, or ``all`` of its letters, a first lesson.
 
         Raises:
-            ValueError: another split, a prompt that is not there, no pairs, no word, or other
-                mistakes.
+            ValueError: another split, a prompt that is not there or wrong, fewer than 0 pairs, no
+                {word}, or other mistakes.
         """
         check_split(split)
         least("pairs", pairs, 0)
