@@ -5,7 +5,7 @@
 A k2-micro is fine-tuned on spelling words backward and on verdicts about such words, which of two
 answers is right; they show their work, the right word and the letter that stands behind it in the
 prompt. Judging comes all at once, elsewhere with each seed: fine-tuning stops at the first look,
-one in a hundred steps, at which LEAST_BASE of the verdicts on training pairs that it does not see
+one in fifty steps, at which LEAST_BASE of the verdicts on training pairs that it does not see
 are right. Then K2's objective trains both at once: reasoning-gym's spell_backward, critic_pairs
 with one comparison a task, as a tournament asks, and pairs of the policy's own right and wrong
 words (the closed loop). Many prompts of few samples: a verdict is one bit. Asked for: the share of
@@ -37,7 +37,7 @@ RL_SEQ_LENGTH = 1024  # of packed rows: a row is a microbatch
 PROMPT, MISTAKES = "label_last", "all"
 BUDGET = 32  # tokens of an answer; a verdict with its work has 14
 # Ours: above a guess by more than its noise, with room for RL; as rl_learning.py asks of words.
-LEAST_BASE, EVERY = 0.6, 100  # verdicts right where fine-tuning stops; steps between looks
+LEAST_BASE, EVERY = 0.6, 50  # verdicts right where fine-tuning stops; steps between looks
 LEAST_GAIN = 0.08  # of a seed
 CRITIC_WEIGHT = 5.0  # prompts of critic_pairs to one of a word: words are nearly learned
 FIXED = (
@@ -130,7 +130,10 @@ def base(options: argparse.Namespace, seed: int) -> Path:
     folder: Path = options.out / f"base-{seed}"
     latest = folder / "latest_checkpointed_iteration.txt"
     for steps in range(options.sft_first, options.sft_steps + 1, EVERY):
-        if not latest.exists() or int(latest.read_text()) < steps:
+        there = int(latest.read_text()) if latest.exists() else 0
+        if there > steps:  # looked at before
+            continue
+        if there < steps:
             flags = [
                 *common(options, seed),
                 *("--train-data-path", str(options.out / "chat_train"), "--eval-iters", "0"),
@@ -141,7 +144,7 @@ def base(options: argparse.Namespace, seed: int) -> Path:
                 *("--save-interval", str(options.sft_steps)),
             ]
             train(flags, options.out / f"base-{seed}.log", TUNE)
-        lines = run_rl(options, f"look-{seed}-{steps}", seed, folder, 1, pairs="looks")
+        lines = run_rl(options, f"look-{seed}-{steps}", seed, folder, 1, only_looks=True)
         right = critic_figure(lines, "verdicts_right")[0][1]
         print(f"seed {seed}: {right:.3f} of verdicts right after {steps} steps", flush=True)
         if right >= LEAST_BASE:
@@ -156,22 +159,26 @@ def run_rl(
     start: Path,
     num_steps: int,
     is_shuffled: bool = False,
-    pairs: str = "held_out",
+    only_looks: bool = False,
 ) -> list[dict[str, Any]]:
-    """Return what a run wrote, a step each; run it if it has not ended."""
+    """Return what a run wrote, a step each; run it if it has not ended.
+
+    A look is a run of one step, of few prompts, for what is measured before it.
+    """
     folder = options.out / name
     every = max(1, (num_steps - 1) // 4)  # the critic is measured before a step
     tables = tomllib.loads(RUN_FILE.read_text())
     tables["run"] |= {"seed": seed, "steps": num_steps, "shuffle_rewards": is_shuffled}
-    tables["rollout"] |= {"budget": BUDGET, "groups": options.groups, "samples": options.samples}
+    groups, pairs = (8, "looks") if only_looks else (options.groups, "held_out")
+    tables["rollout"] |= {"budget": BUDGET, "groups": groups, "samples": options.samples}
     tables["rollout"]["temperature"]["steps"] = num_steps
-    tables["evaluation"] |= {"tasks": options.held_out, "every": every}
+    tables["evaluation"] |= {"tasks": options.held_out, "every": 0 if only_looks else every}
     made = {"prompt": PROMPT, "pairs": 0, "mistakes": MISTAKES}
     source = {"name": "critic_pairs", "num_tasks": options.tasks, "weight": CRITIC_WEIGHT}
     tables["environments"].append(source | {"options": made})
     tables["critic"] = {
         **{"prompt": PROMPT, "pairs_per_task": 0, "max_tokens": BUDGET},
-        **{"tasks": options.own_tasks, "accuracy_every": every},
+        **{"tasks": 0 if only_looks else options.own_tasks, "accuracy_every": every},
         "accuracy_pairs": str(options.out / f"{pairs}.jsonl"),
     }
     run_file = options.out / f"{name}.toml"
@@ -256,7 +263,7 @@ def parser() -> argparse.ArgumentParser:
     add("--looks", type=int, default=200, help="pairs that tell when fine-tuning stops")
     add("--sft-words", type=int, default=3000)
     add("--sft-pairs", type=int, default=6000)
-    add("--sft-first", type=int, default=700, help="steps before the first look")
+    add("--sft-first", type=int, default=400, help="steps before the first look")
     add("--sft-steps", type=int, default=2000, help="at most; the learning rate falls to 0 there")
     add("--lr", default="8e-4", help="of RL, MuonClip; falls to 0")
     add("--workers", type=int, default=2, help="runs at once, a thread each")
