@@ -161,7 +161,7 @@ def test_the_policy_ranks_open_answers_of_the_same_batch(
 ) -> None:
     run = tmp_path / "critic.toml"
     open_prompts = '[[environments]]\nname = "open_ranked"\nsystem = "s"\nnum_tasks = 4\n'
-    rules = '[critic]\nprompt = "compact"\ntasks = 1\nmax_tokens = 8\n'
+    rules = '[critic]\nprompt = "compact"\nrubrics = ["correctness"]\ntasks = 1\nmax_tokens = 8\n'
     run.write_text(RUN.replace("num_tasks = 12", "num_tasks = 4") + open_prompts + rules)
     more = ("--seq-length=1024", "--max-position-embeddings=4096")
     found = ended(start({**files, "run": run}, tmp_path / "save", *more), tmp_path / "save")
