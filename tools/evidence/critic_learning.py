@@ -8,7 +8,7 @@ prompt. Judging comes all at once, elsewhere with each seed: fine-tuning stops a
 one in fifty steps, at which LEAST_BASE of the verdicts on training pairs that it does not see
 are right. Then K2's objective trains both at once: reasoning-gym's spell_backward, critic_pairs
 with one comparison a task, as a tournament asks, and pairs of the policy's own right and wrong
-words (the closed loop). Prompts are many and samples few: a verdict is one bit. Asked for: the share of
+words (the closed loop). Many prompts, few samples: a verdict is one bit. Asked for: the share of
 held-out pairs judged rightly in both orders rises with every seed; the control, the first seed with
 its rewards moved over each batch, does not. No held-out word is in fine-tuning or RL. Finished runs
 are kept, so that a second start continues. The last line is JSON.
